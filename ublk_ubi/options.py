@@ -1,0 +1,44 @@
+"""What a device is made of: the keys of `add --config`, of /etc/ublk-ubi/NAME.json and of the daemon.
+
+The CLI fills one `DeviceOptions`, the daemon reads it; nothing else passes between them on the way in.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+MIN_STRIPE_SIZE = 64 << 10
+MAX_STRIPE_SIZE = 1 << 20
+MAX_STRIPES = 2_097_152
+METADATA_SIZE = 8 << 20
+MAX_QUEUES = 64
+MAX_DEPTH = 4096
+
+
+class DeviceOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Everything that `add` can be told. Sizes are bytes."""
+
+    image: str
+    base: str
+    name: str | None = None
+    size: int | None = None
+    stripe_size: int | None = None
+    image_format: Literal["raw"] | None = None
+    queues: int = 1
+    depth: int = 128
+    id: int | None = None
+    copy_on_read: bool = True
+    image_cache: Literal["none", "page"] = "none"
+    block_size: Literal[512, 4096] | None = None
+    format: bool = False
+    adopt: bool = False
+    force: bool = False
+    force_stale: bool = False
+    zero: bool = False
+    keep_old_data: bool = False
+    partscan: bool = False
+    owner: str | None = None
+    mode: int = 0o660
+    fence_timeout_s: float = 30.0
