@@ -1,0 +1,149 @@
+"""The hydrator engine: every stripe transition and every commit round of one device.
+
+Transitions (state[] is written in `set_state` alone)
+
+    ABSENT       → FETCHING       a buffer is free and someone asked (demand before copy-on-read)
+    FETCHING     → PRESENT        image read, base written
+    FETCHING     → ABSENT         either failed: those that waited get its errno, the next may try
+    ABSENT       → OVERWRITING    a whole-stripe write claimed it
+    OVERWRITING  → PRESENT        its base write succeeded
+    OVERWRITING  → ABSENT         it failed; those that waited are served by a fetch
+    PRESENT      → DURABLE        a round that took it in has ended well
+
+Commit round, one at a time
+
+    IDLE → SYNC_DATA → WRITE_PAGES → SYNC_PAGES → IDLE
+
+    the joiners' list is closed → D = PRESENT stripes → fdatasync → D's bits into the shadow pages,
+    pages written → fdatasync → D is DURABLE, the joiners are answered
+
+Invariants
+- A header bit is written only after an fdatasync that began after its stripe's data was complete.
+- Shadow pages hold bits of DURABLE stripes and of D only; other bytes stay as found on the base.
+- D is taken after the joiners are closed: whatever was PRESENT when a joiner came is in D or DURABLE.
+- `undurable` counts a stripe before it is seen PRESENT and until its round has ended well.
+- After a failed fdatasync (the latch) no bit is written and every joiner gets EIO.
+"""
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from ublk_ubi._core cimport Actions, Event, Shared
+
+cdef enum:
+    # Page writes in flight at once.
+    PAGE_WINDOW = 16
+
+cdef enum FetchPhase:
+    FETCH_FREE = 0
+    FETCH_READ = 1
+    FETCH_WRITE = 2
+
+cdef enum RoundPhase:
+    ROUND_IDLE = 0
+    ROUND_SYNC_DATA = 1
+    ROUND_WRITE_PAGES = 2
+    ROUND_SYNC_PAGES = 3
+
+cdef enum Life:
+    LIFE_NEW = 0
+    LIFE_STARTING = 1
+    LIFE_RUNNING = 2
+    LIFE_STOPPING = 3
+    LIFE_STOPPED = 4
+
+# A stripe buffer and what it is used for.
+cdef struct Fetch:
+    uint32_t stripe
+    uint8_t phase
+
+# What a request waits for: one node a tag of every queue, in a list of its stripe's hash bucket or
+# in a list of joiners. Lists are first come, first served.
+cdef struct Waiter:
+    uint32_t stripe
+    uint32_t next
+
+cdef struct WaiterList:
+    uint32_t first
+    uint32_t last
+
+cdef struct Fifo:
+    uint32_t* items
+    uint32_t mask
+    uint32_t head
+    uint32_t tail
+
+cdef struct HydratorStats:
+    uint64_t stripes               # hydrated from the image
+    uint64_t bytes
+    uint64_t errors                # fetches that failed
+    uint64_t whole_stripe_writes
+    uint64_t rounds
+    uint64_t round_errors
+    uint64_t pages                 # header pages written
+    uint64_t joined                # requests that a round answered
+    uint64_t hints_dropped
+    uint64_t present               # stripes that the base has, DURABLE ones included
+    uint64_t durable
+
+cdef struct Hydrator:
+    Shared* shared
+    Fetch* fetches                 # [buffers]
+    uint32_t* free_buffers         # [buffers], a stack
+    uint32_t buffers
+    uint32_t reserve               # buffers that copy-on-read leaves to demand
+    uint32_t free_count
+    Waiter* waiters                # [queues × depth]
+    WaiterList* buckets            # [bucket_mask + 1]
+    uint32_t bucket_mask
+    Fifo demand
+    Fifo wanted
+    WaiterList joining             # will be served by the next round
+    WaiterList joined              # are served by the running one
+    uint8_t* pages                 # shadow of the header pages
+    uint16_t* page_present         # a page's stripes that are PRESENT and in no round
+    uint16_t* page_round           # a page's stripes in D
+    uint32_t page_count
+    uint32_t present_count         # sum of page_present
+    uint32_t round_count           # stripes in D
+    uint32_t next_page
+    uint32_t pages_in_flight
+    uint32_t free_page_tokens      # a bit a token
+    int32_t round_result
+    uint8_t round
+    uint8_t life
+    HydratorStats stats
+
+# Everything the engine works on, allocated by its owner and zeroed.
+cdef struct HydratorMemory:
+    Fetch* fetches                 # buffers
+    uint32_t* free_buffers         # buffers
+    Waiter* waiters                # queues × depth
+    WaiterList* buckets            # bucket_count, a power of two
+    uint32_t* demand               # demand_capacity, a power of two > queues × depth
+    uint32_t* wanted               # wanted_capacity, a power of two
+    uint16_t* page_present         # page_count
+    uint16_t* page_round           # page_count
+    uint8_t* pages                 # page_count × PAGE
+    uint32_t buffers
+    uint32_t bucket_count
+    uint32_t demand_capacity
+    uint32_t wanted_capacity
+    uint32_t page_count
+
+cdef void hydrator_init(Hydrator* hydrator, Shared* shared, const HydratorMemory* memory) noexcept nogil
+# Emits at most queues × depth + buffers + PAGE_WINDOW + 2 actions.
+cdef void hydrator_step(Hydrator* hydrator, const Event* event, Actions* actions) noexcept nogil
+
+
+# Where the header bytes of a stripe are: the first 14 bytes of the metadata are magic and version.
+cdef inline uint32_t header_offset(uint32_t stripe) noexcept nogil:
+    return 14 + 2 * stripe
+
+
+cdef inline uint32_t header_page(uint32_t stripe) noexcept nogil:
+    return (14 + 2 * stripe) >> 12
+
+
+cdef inline uint32_t page_first_stripe(uint32_t page) noexcept nogil:
+    """The first stripe whose header lies in `page`."""
+    return 0 if page == 0 else page * 2048 - 7
