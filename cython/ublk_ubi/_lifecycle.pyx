@@ -1,0 +1,462 @@
+"""The lifecycle engine; its order of writes and its rules of ownership are in _lifecycle.pxd."""
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset
+
+from ublk_ubi._atomic cimport ensure
+from ublk_ubi._core cimport (
+    ABSENT, ACT_HOST, ACT_READ_BASE, ACT_SYNC_BASE, ACT_WRITE_BASE, DATA_OFFSET, DURABLE,
+    EVENT_DONE, EVENT_START, EVENT_STOP, MAX_STRIPES, MEM_PAGE, MEM_SCRATCH, PAGE, PRESENT, Action,
+    Actions, Event, Shared, emit,
+)
+from ublk_ubi._format cimport (
+    FLAG_OPEN, SLOT_BYTES, SLOT_DAMAGED, SLOT_NEWER, SLOT_OFFSET, SLOT_VALID, SLOT_ZERO, Slot,
+    VERSION_CLOSED, VERSION_OPEN, all_zero, head_has_magic, head_major, head_minor, head_write,
+    slot_check, slot_seal,
+)
+from ublk_ubi._hydrator cimport header_offset, header_page
+
+
+cdef void lifecycle_init(Lifecycle* lifecycle, const LifecycleOptions* options, uint8_t* pages,
+                         uint8_t* scratch) noexcept nogil:
+    """The caller owns the memory; pages are kept for the hydrator, scratch may go once it is open."""
+    memset(lifecycle, 0, sizeof(Lifecycle))
+    lifecycle.options = options[0]
+    lifecycle.pages = pages
+    lifecycle.scratch = scratch
+
+
+# -- actions ------------------------------------------------------------------------------------------
+
+cdef void sync(Lifecycle* lifecycle, uint8_t phase, Actions* actions) noexcept nogil:
+    lifecycle.phase = phase
+    emit(actions, ACT_SYNC_BASE)
+
+
+cdef void transfer(Lifecycle* lifecycle, uint8_t phase, uint8_t kind, uint8_t memory, uint32_t index,
+                   uint64_t offset, uint32_t length, Actions* actions) noexcept nogil:
+    cdef Action* action = emit(actions, kind)
+    lifecycle.phase = phase
+    action.memory = memory
+    action.index = index
+    action.offset = offset
+    action.length = length
+    action.minimum = length
+
+
+cdef void host(Lifecycle* lifecycle, uint8_t phase, uint8_t call, Actions* actions) noexcept nogil:
+    lifecycle.phase = phase
+    emit(actions, ACT_HOST).message = call
+
+
+cdef void refuse(Lifecycle* lifecycle, uint8_t refusal) noexcept nogil:
+    lifecycle.phase = PHASE_FAILED
+    lifecycle.refusal = refusal
+
+
+cdef void write_slot(Lifecycle* lifecycle, uint8_t phase, Actions* actions) noexcept nogil:
+    """Write `slot` where its predecessor is not: a torn write leaves that one."""
+    lifecycle.slot_index ^= 1
+    lifecycle.slot.sequence += 1
+    slot_seal(&lifecycle.slot)
+    memset(lifecycle.scratch, 0, PAGE)
+    memcpy(lifecycle.scratch, &lifecycle.slot, SLOT_BYTES)
+    transfer(lifecycle, phase, ACT_WRITE_BASE, MEM_SCRATCH, 0,
+             SLOT_OFFSET + lifecycle.slot_index * PAGE, PAGE, actions)
+
+
+cdef void write_head(Lifecycle* lifecycle, uint8_t phase, uint16_t minor,
+                     Actions* actions) noexcept nogil:
+    head_write(lifecycle.pages, lifecycle.stripe_bytes, minor)
+    transfer(lifecycle, phase, ACT_WRITE_BASE, MEM_PAGE, 0, 0, PAGE, actions)
+
+
+# -- what is there? -------------------------------------------------------------------------------------
+
+cdef bint set_geometry(Lifecycle* lifecycle, uint32_t stripe_bytes) noexcept nogil:
+    """False, and refused, if the disk cannot have this stripe size."""
+    cdef uint64_t image = lifecycle.options.image_bytes
+    cdef uint64_t stripes
+    lifecycle.stripe_bytes = stripe_bytes
+    if stripe_bytes < 64 << 10 or stripe_bytes > 1 << 20 or stripe_bytes & (stripe_bytes - 1):
+        refuse(lifecycle, REFUSE_STRIPE_RANGE)
+        return False
+    stripes = (image + stripe_bytes - 1) // stripe_bytes
+    if stripes > MAX_STRIPES:
+        refuse(lifecycle, REFUSE_TOO_MANY_STRIPES)
+        return False
+    if lifecycle.options.base_bytes < DATA_OFFSET + stripes * stripe_bytes:
+        refuse(lifecycle, REFUSE_TOO_SMALL)
+        return False
+    ensure(stripes > 0, b"an image is not empty")
+    lifecycle.image_stripes = <uint32_t>stripes
+    lifecycle.page_count = header_page(lifecycle.image_stripes - 1) + 1
+    return True
+
+
+cdef void plan_new(Lifecycle* lifecycle, uint32_t stripe_bytes) noexcept nogil:
+    """The slot of a disk that is made or adopted now."""
+    memset(&lifecycle.slot, 0, sizeof(Slot))
+    lifecycle.slot.stripe_bytes = stripe_bytes
+    lifecycle.slot.image_bytes = lifecycle.options.image_bytes
+    memcpy(lifecycle.slot.fingerprint, lifecycle.options.fingerprint, 32)
+    memcpy(lifecycle.slot.uuid, lifecycle.options.new_uuid, 16)
+    lifecycle.slot_index = 1
+
+
+cdef void create(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    cdef uint32_t stripe_bytes = lifecycle.options.stripe_bytes
+    if stripe_bytes == 0:
+        stripe_bytes = lifecycle.options.default_stripe_bytes
+    if not set_geometry(lifecycle, stripe_bytes):
+        return
+    plan_new(lifecycle, stripe_bytes)
+    memset(lifecycle.pages, 0, <uint64_t>lifecycle.page_count * PAGE)
+    lifecycle.creating = True
+    host(lifecycle, PHASE_BEFORE_WRITE, HOST_BEFORE_WRITE, actions)
+
+
+cdef void adopt(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    """A disk of bdev_ubi's: what the byte at 13 says is the stripe size's low 8 bits in KiB."""
+    cdef uint32_t recorded = <uint32_t>lifecycle.pages[13] << 10
+    cdef uint32_t asked = lifecycle.options.stripe_bytes
+    lifecycle.stripe_bytes = recorded
+    if not lifecycle.options.adopt:
+        refuse(lifecycle, REFUSE_ADOPT)
+    elif recorded == 0 and asked == 0:
+        refuse(lifecycle, REFUSE_STRIPE_UNKNOWN)
+    elif asked != 0 and ((asked >> 10) & 0xff) << 10 != recorded:
+        refuse(lifecycle, REFUSE_STRIPE_SIZE)
+    elif set_geometry(lifecycle, asked if asked != 0 else recorded):
+        plan_new(lifecycle, lifecycle.stripe_bytes)
+        lifecycle.adopting = True
+        read_pages(lifecycle, actions)
+
+
+cdef uint8_t choose_slot(Lifecycle* lifecycle) noexcept nogil:
+    """Copy the slot that counts to `slot`; a SlotCondition."""
+    cdef const Slot* slots[2]
+    cdef uint8_t condition[2]
+    cdef int i, best = -1
+    for i in range(2):
+        slots[i] = <const Slot*>(lifecycle.scratch + i * PAGE)
+        condition[i] = slot_check(slots[i])
+        if condition[i] == SLOT_NEWER:
+            return SLOT_NEWER
+        if condition[i] == SLOT_VALID and (best < 0 or slots[i].sequence > slots[best].sequence):
+            best = i
+    if best >= 0:
+        memcpy(&lifecycle.slot, slots[best], sizeof(Slot))
+        lifecycle.slot_index = <uint8_t>best
+        return SLOT_VALID
+    if condition[0] == SLOT_ZERO and condition[1] == SLOT_ZERO:
+        return SLOT_ZERO
+    return SLOT_DAMAGED
+
+
+cdef void classify(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    """Page 0 is in `pages`, the slots are in `scratch`: whose disk is it?"""
+    cdef uint8_t condition = choose_slot(lifecycle)
+    cdef bint magic = head_has_magic(lifecycle.pages)
+    cdef uint16_t minor = head_minor(lifecycle.pages)
+    if lifecycle.options.format:
+        create(lifecycle, actions)
+    elif not magic and condition == SLOT_VALID and lifecycle.slot.sequence == 1 and all_zero(
+            lifecycle.pages, PAGE):
+        # Creation was cut short between its slot and its magic: nothing was ever kept here.
+        create(lifecycle, actions)
+    elif not magic:
+        lifecycle.position = 0
+        scan(lifecycle, actions)
+    elif head_major(lifecycle.pages) != 0 or minor < VERSION_CLOSED or minor > VERSION_OPEN:
+        refuse(lifecycle, REFUSE_VERSION)
+    elif condition == SLOT_NEWER:
+        refuse(lifecycle, REFUSE_NEWER)
+    elif condition == SLOT_DAMAGED:
+        refuse(lifecycle, REFUSE_DAMAGED)
+    elif condition == SLOT_ZERO:
+        # With minor 2, an adoption that was cut short before its first slot: adopt it again.
+        adopt(lifecycle, actions)
+    else:
+        check_recorded(lifecycle, actions)
+
+
+cdef void scan(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    """No magic: only 8 MiB of zeros are an empty base (ext4, LVM and swap begin with zeros too)."""
+    if lifecycle.position == DATA_OFFSET:
+        create(lifecycle, actions)
+    else:
+        transfer(lifecycle, PHASE_SCAN, ACT_READ_BASE, MEM_SCRATCH, 0, lifecycle.position,
+                 SCRATCH_BYTES, actions)
+
+
+cdef void check_recorded(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    """A disk of ours: what it records governs."""
+    cdef LifecycleOptions* options = &lifecycle.options
+    lifecycle.stripe_bytes = lifecycle.slot.stripe_bytes
+    if options.stripe_bytes != 0 and options.stripe_bytes != lifecycle.slot.stripe_bytes:
+        refuse(lifecycle, REFUSE_STRIPE_SIZE)
+    elif options.image_bytes != lifecycle.slot.image_bytes:
+        refuse(lifecycle, REFUSE_IMAGE_SIZE)
+    elif (memcmp(options.fingerprint, lifecycle.slot.fingerprint, 32) != 0
+            and not options.force):
+        refuse(lifecycle, REFUSE_FINGERPRINT)
+    elif set_geometry(lifecycle, lifecycle.slot.stripe_bytes):
+        read_pages(lifecycle, actions)
+
+
+cdef void read_pages(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    """The header pages, SCRATCH_BYTES at a time."""
+    cdef uint64_t end = <uint64_t>lifecycle.page_count * PAGE
+    cdef uint64_t left
+    if lifecycle.phase != PHASE_READ_PAGES:
+        lifecycle.position = 0
+    if lifecycle.position == end:
+        host(lifecycle, PHASE_FIND_TABLE, HOST_FIND_TABLE, actions)
+        return
+    left = end - lifecycle.position
+    transfer(lifecycle, PHASE_READ_PAGES, ACT_READ_BASE, MEM_PAGE,
+             <uint32_t>(lifecycle.position // PAGE), lifecycle.position,
+             SCRATCH_BYTES if left > SCRATCH_BYTES else <uint32_t>left, actions)
+
+
+# -- whose table is it? -----------------------------------------------------------------------------------
+
+cdef void describe(Lifecycle* lifecycle, TableIdentity* identity) noexcept nogil:
+    """The identity that a table of the slot's generation must have."""
+    memset(identity, 0, sizeof(TableIdentity))
+    memcpy(identity.uuid, lifecycle.slot.uuid, 16)
+    memcpy(identity.fingerprint, lifecycle.slot.fingerprint, 32)
+    identity.generation = lifecycle.slot.generation
+    identity.device = lifecycle.options.device
+    identity.inode = lifecycle.options.inode
+    identity.image_bytes = lifecycle.slot.image_bytes
+    identity.stripe_bytes = lifecycle.stripe_bytes
+    identity.image_stripes = lifecycle.image_stripes
+
+
+cdef bint same_table(const TableIdentity* a, const TableIdentity* b) noexcept nogil:
+    return (memcmp(a.uuid, b.uuid, 16) == 0
+            and memcmp(a.fingerprint, b.fingerprint, 32) == 0
+            and a.generation == b.generation
+            and a.image_bytes == b.image_bytes
+            and a.stripe_bytes == b.stripe_bytes
+            and a.image_stripes == b.image_stripes
+            and same_base(a, b))
+
+
+cdef bint same_base(const TableIdentity* a, const TableIdentity* b) noexcept nogil:
+    return a.device == b.device and a.inode == b.inode
+
+
+cdef void decide(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    """The list in _lifecycle.pxd."""
+    cdef TableIdentity expected
+    cdef bint here = memcmp(lifecycle.slot.boot_id, lifecycle.options.boot_id, 16) == 0
+    cdef bint is_open = (lifecycle.slot.flags & FLAG_OPEN) != 0
+    cdef uint8_t refusal = REFUSE_NOTHING
+    cdef bint matches, of_this_base, never_live
+    describe(lifecycle, &expected)
+    matches = lifecycle.found_state == TABLE_FOUND and same_table(&lifecycle.found, &expected)
+    of_this_base = lifecycle.found_state == TABLE_FOUND and same_base(&lifecycle.found, &expected)
+    never_live = (lifecycle.temporary_state == TABLE_FOUND
+                  and same_table(&lifecycle.temporary, &expected))
+    if lifecycle.found_state == TABLE_LIVE or lifecycle.temporary_state == TABLE_LIVE:
+        refuse(lifecycle, REFUSE_LIVE)
+        return
+    if not is_open:
+        if lifecycle.found_state != TABLE_NONE and not of_this_base:
+            refusal = REFUSE_COPY
+    elif here:
+        if matches:
+            refusal = REFUSE_LATCHED if lifecycle.found.latch != 0 else REFUSE_NOTHING
+            lifecycle.going_on = refusal == REFUSE_NOTHING
+        elif not never_live or lifecycle.found_state != TABLE_NONE:
+            refusal = REFUSE_STALE
+    elif lifecycle.found_state != TABLE_NONE:
+        refusal = REFUSE_COPY
+    if refusal != REFUSE_NOTHING and not lifecycle.options.force_stale:
+        refuse(lifecycle, refusal)
+        return
+    host(lifecycle, PHASE_BEFORE_WRITE, HOST_BEFORE_WRITE, actions)
+
+
+cdef void plan_generation(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    """A new table, and a slot that names it."""
+    memcpy(lifecycle.slot.fingerprint, lifecycle.options.fingerprint, 32)
+    memcpy(lifecycle.slot.boot_id, lifecycle.options.boot_id, 16)
+    lifecycle.slot.generation += 1
+    lifecycle.slot.flags |= FLAG_OPEN
+    describe(lifecycle, &lifecycle.identity)
+    host(lifecycle, PHASE_MAKE_TABLE, HOST_MAKE_TABLE, actions)
+
+
+cdef inline bint header_bit(Lifecycle* lifecycle, uint32_t stripe) noexcept nogil:
+    return lifecycle.pages[header_offset(stripe)] != 0
+
+
+cdef void fill_table(Lifecycle* lifecycle) noexcept nogil:
+    cdef uint32_t stripe
+    for stripe in range(lifecycle.image_stripes):
+        lifecycle.table[stripe] = header_bit(lifecycle, stripe)
+
+
+cdef bint has_foreign_bit(Lifecycle* lifecycle) noexcept nogil:
+    """A header bit that the table does not have: somebody else wrote to this base."""
+    cdef uint32_t stripe
+    for stripe in range(lifecycle.image_stripes):
+        if header_bit(lifecycle, stripe) and lifecycle.table[stripe] == 0:
+            return True
+    return False
+
+
+cdef void lifecycle_states(Lifecycle* lifecycle, Shared* shared) noexcept nogil:
+    """shared.state has room for image_stripes; what the table alone knows is PRESENT."""
+    cdef uint32_t stripe
+    ensure(lifecycle.phase == PHASE_OPEN, b"states are known once the base is open")
+    shared.undurable = 0
+    for stripe in range(lifecycle.image_stripes):
+        if header_bit(lifecycle, stripe):
+            shared.state[stripe] = DURABLE
+        elif lifecycle.table[stripe] != 0:
+            shared.state[stripe] = PRESENT
+            shared.undurable += 1
+        else:
+            shared.state[stripe] = ABSENT
+
+
+# -- the way in ---------------------------------------------------------------------------------------------
+
+cdef void after_read(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    cdef uint8_t phase = lifecycle.phase
+    if phase == PHASE_READ_HEAD:
+        transfer(lifecycle, PHASE_READ_SLOTS, ACT_READ_BASE, MEM_SCRATCH, 0, SLOT_OFFSET, 2 * PAGE,
+                 actions)
+    elif phase == PHASE_READ_SLOTS:
+        classify(lifecycle, actions)
+    elif phase == PHASE_SCAN:
+        if all_zero(lifecycle.scratch, SCRATCH_BYTES):
+            lifecycle.position += SCRATCH_BYTES
+            scan(lifecycle, actions)
+        else:
+            refuse(lifecycle, REFUSE_FOREIGN)
+    else:
+        ensure(phase == PHASE_READ_PAGES, b"a phase of reading")
+        lifecycle.position += SCRATCH_BYTES
+        if lifecycle.position > <uint64_t>lifecycle.page_count * PAGE:
+            lifecycle.position = <uint64_t>lifecycle.page_count * PAGE
+        read_pages(lifecycle, actions)
+
+
+cdef void start_writing(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    if lifecycle.creating:
+        host(lifecycle, PHASE_ZERO_TAIL, HOST_ZERO_TAIL, actions)
+    elif lifecycle.going_on:
+        host(lifecycle, PHASE_MAP_TABLE, HOST_MAP_TABLE, actions)
+    elif lifecycle.found_state != TABLE_NONE or lifecycle.temporary_state != TABLE_NONE:
+        host(lifecycle, PHASE_DROP_TABLE, HOST_DROP_TABLE, actions)
+    else:
+        plan_generation(lifecycle, actions)
+
+
+cdef void zero_next(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    if lifecycle.position == DATA_OFFSET:
+        sync(lifecycle, PHASE_ZERO_SYNC, actions)
+    else:
+        transfer(lifecycle, PHASE_ZERO, ACT_WRITE_BASE, MEM_SCRATCH, 0, lifecycle.position,
+                 SCRATCH_BYTES, actions)
+        lifecycle.position += SCRATCH_BYTES
+
+
+cdef void after_create(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    cdef uint8_t phase = lifecycle.phase
+    if phase == PHASE_ZERO_TAIL:
+        memset(lifecycle.scratch, 0, SCRATCH_BYTES)
+        lifecycle.position = 0
+        zero_next(lifecycle, actions)
+    elif phase == PHASE_ZERO:
+        zero_next(lifecycle, actions)
+    elif phase == PHASE_ZERO_SYNC:
+        write_slot(lifecycle, PHASE_FIRST_SLOT, actions)
+    elif phase == PHASE_FIRST_SLOT:
+        sync(lifecycle, PHASE_FIRST_SLOT_SYNC, actions)
+    elif phase == PHASE_FIRST_SLOT_SYNC:
+        write_head(lifecycle, PHASE_FIRST_HEAD, VERSION_CLOSED, actions)
+    elif phase == PHASE_FIRST_HEAD:
+        sync(lifecycle, PHASE_FIRST_HEAD_SYNC, actions)
+    elif phase == PHASE_FIRST_HEAD_SYNC:
+        host(lifecycle, PHASE_CREATED, HOST_CREATED, actions)
+    else:
+        ensure(phase == PHASE_CREATED, b"a phase of creating")
+        plan_generation(lifecycle, actions)
+
+
+cdef void after_open(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    cdef uint8_t phase = lifecycle.phase
+    if phase == PHASE_DROP_TABLE:
+        plan_generation(lifecycle, actions)
+    elif phase == PHASE_MAKE_TABLE:
+        fill_table(lifecycle)
+        write_head(lifecycle, PHASE_OPEN_HEAD, VERSION_OPEN, actions)
+    elif phase == PHASE_OPEN_HEAD:
+        write_slot(lifecycle, PHASE_OPEN_SLOT, actions)
+    elif phase == PHASE_OPEN_SLOT:
+        sync(lifecycle, PHASE_OPEN_SYNC, actions)
+    elif phase == PHASE_OPEN_SYNC:
+        host(lifecycle, PHASE_PUBLISH, HOST_PUBLISH_TABLE, actions)
+    elif phase == PHASE_PUBLISH:
+        lifecycle.phase = PHASE_OPEN
+    else:
+        ensure(phase == PHASE_MAP_TABLE, b"a phase of opening")
+        if has_foreign_bit(lifecycle):
+            if lifecycle.options.force_stale:
+                host(lifecycle, PHASE_DROP_TABLE, HOST_DROP_TABLE, actions)
+            else:
+                refuse(lifecycle, REFUSE_FOREIGN_WRITER)
+        else:
+            lifecycle.identity = lifecycle.found
+            lifecycle.phase = PHASE_OPEN
+
+
+cdef void after_close(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    cdef uint8_t phase = lifecycle.phase
+    if phase == PHASE_CLOSE_SLOT:
+        sync(lifecycle, PHASE_CLOSE_SLOT_SYNC, actions)
+    elif phase == PHASE_CLOSE_SLOT_SYNC:
+        write_head(lifecycle, PHASE_CLOSE_HEAD, VERSION_CLOSED, actions)
+    elif phase == PHASE_CLOSE_HEAD:
+        sync(lifecycle, PHASE_CLOSE_HEAD_SYNC, actions)
+    elif phase == PHASE_CLOSE_HEAD_SYNC:
+        host(lifecycle, PHASE_UNLINK, HOST_UNLINK_TABLE, actions)
+    else:
+        ensure(phase == PHASE_UNLINK, b"a phase of closing")
+        lifecycle.phase = PHASE_CLOSED
+
+
+cdef void lifecycle_step(Lifecycle* lifecycle, const Event* event, Actions* actions) noexcept nogil:
+    """The only way in."""
+    cdef uint8_t phase = lifecycle.phase
+    if event.kind == EVENT_START:
+        ensure(phase == PHASE_NEW, b"a base is opened once")
+        sync(lifecycle, PHASE_FIRST_SYNC, actions)
+    elif event.kind == EVENT_STOP:
+        ensure(phase == PHASE_OPEN, b"only an open base is closed")
+        lifecycle.slot.flags &= ~<uint32_t>FLAG_OPEN
+        write_slot(lifecycle, PHASE_CLOSE_SLOT, actions)
+    elif event.result < 0:
+        lifecycle.errno_ = -event.result
+        refuse(lifecycle, REFUSE_IO)
+    elif phase == PHASE_FIRST_SYNC:
+        transfer(lifecycle, PHASE_READ_HEAD, ACT_READ_BASE, MEM_PAGE, 0, 0, PAGE, actions)
+    elif PHASE_READ_HEAD <= phase <= PHASE_READ_PAGES:
+        after_read(lifecycle, actions)
+    elif phase == PHASE_FIND_TABLE:
+        decide(lifecycle, actions)
+    elif phase == PHASE_BEFORE_WRITE:
+        start_writing(lifecycle, actions)
+    elif PHASE_ZERO_TAIL <= phase <= PHASE_CREATED:
+        after_create(lifecycle, actions)
+    elif PHASE_DROP_TABLE <= phase <= PHASE_PUBLISH:
+        after_open(lifecycle, actions)
+    else:
+        after_close(lifecycle, actions)
