@@ -1,0 +1,206 @@
+"""The io_uring side of the data plane; what it keeps is in _ring.pxd."""
+
+from libc.errno cimport EAGAIN, EBUSY, EINTR, EIO, ETIME
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+from ublk_ubi._abi cimport ubi_ublk_io_cmd
+from ublk_ubi._atomic cimport ensure
+from ublk_ubi._core cimport (
+    ACT_READ_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, Action,
+)
+from ublk_ubi._uring cimport (
+    IORING_FSYNC_DATASYNC, IORING_OP_URING_CMD, IORING_SETUP_COOP_TASKRUN, IORING_SETUP_CQSIZE,
+    IORING_SETUP_DEFER_TASKRUN, IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_SUBMIT_ALL,
+    IOSQE_CQE_SKIP_SUCCESS, IOSQE_FIXED_FILE, __kernel_timespec, io_uring_cqe, io_uring_get_sqe,
+    io_uring_params, io_uring_prep_fsync, io_uring_prep_msg_ring, io_uring_prep_read,
+    io_uring_prep_write, io_uring_queue_exit, io_uring_queue_init_params, io_uring_register_files,
+    io_uring_register_iowq_max_workers, io_uring_register_ring_fd, io_uring_sqe, io_uring_submit,
+    io_uring_submit_and_get_events, io_uring_submit_and_wait_timeout, sqe_set_dsync,
+)
+
+cdef enum:
+    SECTOR = 512
+    DIRECT_ALIGNMENT = 4096        # suits every file and device that O_DIRECT works on here
+    MAX_RETRIES = 100
+
+
+cdef int ring_init(Ring* ring, uint32_t entries, Op* ops, uint32_t op_count,
+                   const int* files) noexcept nogil:
+    """`entries` SQEs, at least one for every operation that can be in flight; four CQEs for each."""
+    cdef io_uring_params params
+    cdef unsigned workers[2]
+    cdef int status
+    memset(ring, 0, sizeof(Ring))
+    memset(ops, 0, op_count * sizeof(Op))
+    ring.ops = ops
+    ring.op_count = op_count
+    memset(&params, 0, sizeof(params))
+    params.flags = (IORING_SETUP_CQSIZE | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_COOP_TASKRUN
+                    | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN)
+    params.cq_entries = 4 * entries
+    status = io_uring_queue_init_params(entries, &ring.uring, &params)
+    if status < 0:
+        return status
+    status = io_uring_register_files(&ring.uring, files, FILE_COUNT)
+    if status < 0:
+        io_uring_queue_exit(&ring.uring)
+        return status
+    # A saving only; the ring works without.
+    io_uring_register_ring_fd(&ring.uring)
+    # Reads of a stuck image may block as many io-wq workers as there are operations: leave one over
+    # for the fdatasync that others wait for.
+    workers[0] = op_count + 1
+    workers[1] = op_count + 1
+    status = io_uring_register_iowq_max_workers(&ring.uring, workers)
+    if status < 0:
+        io_uring_queue_exit(&ring.uring)
+    return status
+
+
+cdef void ring_exit(Ring* ring) noexcept nogil:
+    io_uring_queue_exit(&ring.uring)
+
+
+cdef inline uint64_t tagged(uint8_t kind, uint32_t index) noexcept nogil:
+    return (<uint64_t>kind << 56) | index
+
+
+cdef io_uring_sqe* next_sqe(Ring* ring) noexcept nogil:
+    """A free SQE; a full queue is submitted first."""
+    cdef io_uring_sqe* sqe = io_uring_get_sqe(&ring.uring)
+    if sqe == NULL:
+        io_uring_submit(&ring.uring)
+        sqe = io_uring_get_sqe(&ring.uring)
+        ensure(sqe != NULL, b"a submitted queue has room")
+    return sqe
+
+
+# -- operations -------------------------------------------------------------------------------------
+
+cdef void submit_op(Ring* ring, uint32_t token) noexcept nogil:
+    """The part of an operation that is left."""
+    cdef Op* op = &ring.ops[token]
+    cdef io_uring_sqe* sqe = next_sqe(ring)
+    cdef void* address = <void*>(op.address + op.done)
+    cdef uint32_t left = op.length - op.done
+    cdef uint64_t offset = op.offset + op.done
+    if op.kind == ACT_READ_IMAGE:
+        io_uring_prep_read(sqe, FILE_IMAGE, address, left, offset)
+    elif op.kind == ACT_READ_BASE:
+        io_uring_prep_read(sqe, FILE_BASE, address, left, offset)
+    elif op.kind == ACT_WRITE_BASE:
+        io_uring_prep_write(sqe, FILE_BASE, address, left, offset)
+        if op.dsync:
+            sqe_set_dsync(sqe)
+    else:
+        ensure(op.kind == ACT_SYNC_BASE, b"an operation reads, writes or syncs")
+        io_uring_prep_fsync(sqe, FILE_SYNC, IORING_FSYNC_DATASYNC)
+    sqe.flags |= IOSQE_FIXED_FILE
+    sqe.user_data = tagged(CQE_OP, token)
+
+
+cdef void ring_action(Ring* ring, const Action* action) noexcept nogil:
+    """Start an image, base or sync action; its end is told by ring_op_done."""
+    cdef Op* op
+    cdef const RingMemory* memory = &ring.memory[action.memory]
+    ensure(action.token < ring.op_count, b"a token is below the number of operations")
+    op = &ring.ops[action.token]
+    ensure(op.kind == 0, b"one operation a token is in flight")
+    op.kind = action.kind
+    op.dsync = action.dsync
+    op.retries = 0
+    op.done = 0
+    op.offset = action.offset
+    op.address = <uint64_t>memory.start + action.index * memory.stride
+    op.length = action.length
+    op.needed = action.length
+    op.filled = action.length
+    if action.kind == ACT_READ_IMAGE and action.minimum < action.length:
+        # O_DIRECT reads whole blocks, also across the image's end.
+        op.needed = action.minimum
+        op.length = (action.minimum + DIRECT_ALIGNMENT - 1) & ~<uint32_t>(DIRECT_ALIGNMENT - 1)
+        ensure(op.length <= action.length, b"a stripe is a multiple of the alignment")
+    submit_op(ring, action.token)
+
+
+cdef bint ring_op_done(Ring* ring, uint32_t token, int32_t res, int32_t* result) noexcept nogil:
+    """A CQE of an operation has come."""
+    cdef Op* op
+    ensure(token < ring.op_count, b"a token is below the number of operations")
+    op = &ring.ops[token]
+    ensure(op.kind != 0, b"a CQE is of an operation in flight")
+    if (res == -EINTR or res == -EAGAIN) and op.retries < MAX_RETRIES:
+        op.retries += 1
+        submit_op(ring, token)
+        return False
+    if res < 0:
+        result[0] = -EIO if res == -EINTR or res == -EAGAIN else res
+    elif op.kind == ACT_SYNC_BASE:
+        result[0] = 0
+    else:
+        op.done += res
+        if op.done < op.needed:
+            # Direct I/O goes on at a sector; the few bytes before are moved once more.
+            op.done -= op.done % SECTOR
+            if res >= SECTOR:
+                submit_op(ring, token)
+                return False
+            result[0] = -EIO
+        else:
+            memset(<void*>(op.address + op.needed), 0, op.filled - op.needed)
+            result[0] = <int32_t>op.filled
+    op.kind = 0
+    return True
+
+
+# -- ublk, doorbells --------------------------------------------------------------------------------
+
+cdef void ring_ublk(Ring* ring, uint32_t command, uint16_t queue, uint16_t tag, int32_t result,
+                    uint64_t address) noexcept nogil:
+    """FETCH, or COMMIT with the result of the tag's request."""
+    cdef io_uring_sqe* sqe = next_sqe(ring)
+    cdef ubi_ublk_io_cmd* io_cmd = <ubi_ublk_io_cmd*>sqe.cmd
+    memset(sqe, 0, 64)
+    sqe.opcode = IORING_OP_URING_CMD
+    sqe.flags = IOSQE_FIXED_FILE
+    sqe.fd = FILE_UBLKC
+    sqe.cmd_op = command
+    sqe.user_data = tagged(CQE_UBLK, tag)
+    io_cmd.q_id = queue
+    io_cmd.tag = tag
+    io_cmd.result = result
+    io_cmd.addr = address
+
+
+cdef void ring_doorbell(Ring* ring, int target) noexcept nogil:
+    """Wake the thread that waits in the ring `target`. May be lost: its tick comes anyway."""
+    cdef io_uring_sqe* sqe = next_sqe(ring)
+    io_uring_prep_msg_ring(sqe, target, 0, tagged(CQE_DOORBELL, 0), 0)
+    sqe.flags |= IOSQE_CQE_SKIP_SUCCESS
+    sqe.user_data = tagged(CQE_DOORBELL_FAILED, 0)
+
+
+cdef void ring_arm_wake(Ring* ring, int event_fd) noexcept nogil:
+    """CQE_WAKE once the control thread writes to `event_fd`."""
+    cdef io_uring_sqe* sqe = next_sqe(ring)
+    io_uring_prep_read(sqe, event_fd, &ring.wake_value, 8, 0)
+    sqe.user_data = tagged(CQE_WAKE, 0)
+
+
+cdef void ring_enter(Ring* ring, uint64_t timeout_ns) noexcept nogil:
+    """One system call: submit all, wait for one, run the completions' task work."""
+    cdef __kernel_timespec ts
+    cdef io_uring_cqe* cqe = NULL
+    cdef int status
+    if timeout_ns == 0:
+        status = io_uring_submit_and_get_events(&ring.uring)
+    elif timeout_ns == <uint64_t>-1:
+        status = io_uring_submit_and_wait_timeout(&ring.uring, &cqe, 1, NULL, NULL)
+    else:
+        ts.tv_sec = timeout_ns // 1000000000
+        ts.tv_nsec = timeout_ns % 1000000000
+        status = io_uring_submit_and_wait_timeout(&ring.uring, &cqe, 1, &ts, NULL)
+    # EBADR says that CQEs were dropped: nobody can tell any more which requests are in flight.
+    ensure(status >= 0 or status == -ETIME or status == -EINTR or status == -EAGAIN
+           or status == -EBUSY, b"io_uring_enter works, and drops no completion")

@@ -1,0 +1,77 @@
+"""The threads of a device: each owns a ring and one engine, and runs nogil from start to end.
+
+One turn of a loop: submit what the last turn asked for and wait (one system call), give the
+engine every completion, drain the mailboxes, ring the doorbell of whoever got a message and sleeps.
+
+Invariants
+- A thread arms its doorbell before it sleeps and looks into its mailboxes once more after that.
+- Mailboxes are drained on every turn, so that a lost doorbell costs at most TICK_NS.
+- No system call but io_uring_enter and the clock (vdso); no allocation; no Python object.
+"""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from ublk_ubi._abi cimport ubi_ublk_io_desc
+from ublk_ubi._core cimport Action, Actions, Shared
+from ublk_ubi._histogram cimport Histogram
+from ublk_ubi._hydrator cimport Hydrator
+from ublk_ubi._mailbox cimport Doorbell, Mailbox
+from ublk_ubi._queue cimport Queue
+from ublk_ubi._ring cimport Op, Ring
+
+cdef enum:
+    TICK_NS = 1000000000
+    CQE_BATCH = 64
+
+# How far a thread is; the control thread reads it and is told of changes by `notify_fd`.
+cdef enum ThreadState:
+    THREAD_NEW = 0
+    THREAD_RUNNING = 1             # a queue: every tag is fetched; the hydrator: its ring is there
+    THREAD_LIVE = 2                # the hydrator: what was found is committed, the device may go live
+    THREAD_STOPPED = 3             # all work is done
+    THREAD_FAILED = 4              # `status` says why
+
+cdef struct Device:
+    Shared shared
+    Mailbox* to_hydrator           # [queues]
+    Mailbox* to_queue              # [queues]
+    Doorbell* bells                # [queues + 1]; the hydrator's is the last
+    int notify_fd                  # eventfd
+
+cdef struct ThreadBase:
+    Device* device
+    Ring ring
+    Op* ops
+    uint32_t op_count
+    Actions actions
+    int files[4]                   # as _ring.RingFile
+    char name[16]                  # as ps -L shows it
+    int wake_fd                    # eventfd: the control thread wants this thread's attention
+    uint32_t quit                  # leave at once (nothing is served any more)
+    uint32_t stop                  # the hydrator: finish, commit, then stop
+    uint32_t state                 # ThreadState
+    int32_t status                 # -errno of what failed
+    uint64_t turns
+    uint64_t doorbells
+    uint64_t doorbells_failed
+
+cdef struct QueueThread:
+    ThreadBase base
+    Queue queue
+    const ubi_ublk_io_desc* descriptors   # [depth], mapped from ublkc
+    uint8_t* buffers               # [depth × buffer_stride]
+    uint64_t buffer_stride
+    uint64_t* started              # [depth] ns
+    uint32_t tags_gone             # tags that the kernel has taken back
+    uint64_t now
+    Histogram latency[3]           # by operation, ns
+
+cdef struct HydratorThread:
+    ThreadBase base
+    Hydrator hydrator
+    uint8_t* stripes               # [buffers × stripe_bytes]
+    uint8_t* pages                 # shadow of the header pages
+    uint64_t next_tick             # ns
+
+cdef void run_queue(QueueThread* thread) noexcept nogil
+cdef void run_hydrator(HydratorThread* thread) noexcept nogil

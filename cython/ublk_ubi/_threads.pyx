@@ -1,0 +1,351 @@
+"""The loops of the queue threads and of the hydrator thread; see _threads.pxd."""
+
+from libc.errno cimport EIO
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+from ublk_ubi._abi cimport (
+    UBI_SECTOR_SHIFT, UBI_U_IO_COMMIT_AND_FETCH_REQ, UBI_U_IO_FETCH_REQ, UBI_UBLK_IO_F_FUA,
+    UBI_UBLK_IO_RES_OK, ubi_ublk_io_desc, ubi_ublk_io_op,
+)
+from ublk_ubi._atomic cimport ensure, load_u32, store_u32
+from ublk_ubi._core cimport (
+    ACT_COMPLETE, ACT_SEND, ACT_STARTED, ACT_STOPPED, EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST,
+    EVENT_START, EVENT_STOP, EVENT_TICK, MEM_PAGE, MEM_REQUEST, MEM_STRIPE, MSG_WANT, OP_FLUSH,
+    PAGE, Action, Actions, Event,
+)
+from ublk_ubi._histogram cimport histogram_add
+from ublk_ubi._hydrator cimport hydrator_step
+from ublk_ubi._mailbox cimport (
+    Doorbell, Mailbox, Message, doorbell_arm, doorbell_disarm, doorbell_needed, mailbox_empty,
+    mailbox_put, mailbox_room, mailbox_take,
+)
+from ublk_ubi._queue cimport queue_step
+from ublk_ubi._ring cimport (
+    CQE_DOORBELL, CQE_DOORBELL_FAILED, CQE_OP, CQE_UBLK, CQE_WAKE, cqe_index, cqe_kind,
+    ring_action, ring_arm_wake, ring_doorbell, ring_enter, ring_exit, ring_init, ring_op_done,
+    ring_ublk,
+)
+from ublk_ubi._uring cimport (
+    PR_SET_IO_FLUSHER, PR_SET_NAME, io_uring_cq_advance, io_uring_cqe, io_uring_peek_batch_cqe,
+    now_ns, prctl,
+)
+
+cdef extern from "<sys/eventfd.h>" nogil:
+    int eventfd_write(int fd, uint64_t value) noexcept
+
+
+# -- what both kinds of thread do -----------------------------------------------------------------
+
+cdef void tell(ThreadBase* base, uint32_t state, int32_t status) noexcept nogil:
+    """Say how far this thread is."""
+    base.status = status
+    store_u32(&base.state, state)
+    eventfd_write(base.device.notify_fd, 1)
+
+
+cdef bint set_up(ThreadBase* base, Doorbell* bell, uint32_t entries) noexcept nogil:
+    """The ring, made by the thread that submits. False, and told, when it cannot be had."""
+    cdef int status
+    # Memory that this thread allocates in the kernel must not wait for I/O through its own disk.
+    prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+    prctl(PR_SET_NAME, <unsigned long>base.name, 0, 0, 0)
+    status = ring_init(&base.ring, entries, base.ops, base.op_count, base.files)
+    if status < 0:
+        tell(base, THREAD_FAILED, status)
+        return False
+    bell.ring_fd = base.ring.uring.ring_fd
+    ring_arm_wake(&base.ring, base.wake_fd)
+    return True
+
+
+cdef inline void put(Mailbox* box, const Action* action) noexcept nogil:
+    cdef Message message
+    message.kind = action.message
+    message.tag = action.tag
+    message.stripe = action.stripe
+    message.result = action.result
+    mailbox_put(box, &message)
+
+
+cdef inline void ring_bell(ThreadBase* base, Doorbell* bell) noexcept nogil:
+    """After messages were put: wake their receiver if it sleeps."""
+    if doorbell_needed(bell):
+        base.doorbells += 1
+        ring_doorbell(&base.ring, bell.ring_fd)
+
+
+cdef inline void message_event(Event* event, uint16_t queue, const Message* message) noexcept nogil:
+    memset(event, 0, sizeof(Event))
+    event.kind = EVENT_MESSAGE
+    event.op = message.kind
+    event.queue = queue
+    event.tag = message.tag
+    event.stripe = message.stripe
+    event.result = message.result
+
+
+cdef inline bint op_event(ThreadBase* base, const io_uring_cqe* cqe, Event* event) noexcept nogil:
+    """False while the operation goes on."""
+    cdef int32_t result
+    if not ring_op_done(&base.ring, cqe_index(cqe.user_data), cqe.res, &result):
+        return False
+    memset(event, 0, sizeof(Event))
+    event.kind = EVENT_DONE
+    event.token = cqe_index(cqe.user_data)
+    event.result = result
+    return True
+
+
+cdef inline void other_cqe(ThreadBase* base, uint8_t kind) noexcept nogil:
+    """Doorbells, and the control thread's call: the turn itself is the answer."""
+    if kind == CQE_WAKE:
+        ring_arm_wake(&base.ring, base.wake_fd)
+    elif kind == CQE_DOORBELL_FAILED:
+        base.doorbells_failed += 1
+    else:
+        ensure(kind == CQE_DOORBELL, b"a CQE is of a kind that was submitted")
+
+
+# -- queue thread -----------------------------------------------------------------------------------
+
+cdef void finish_request(QueueThread* thread, const Action* action) noexcept nogil:
+    cdef uint8_t op = thread.queue.requests[action.tag].op
+    if op <= OP_FLUSH:
+        histogram_add(&thread.latency[op], thread.now - thread.started[action.tag])
+    ring_ublk(&thread.base.ring, UBI_U_IO_COMMIT_AND_FETCH_REQ, thread.queue.index, action.tag,
+              action.result, <uint64_t>thread.buffers + action.tag * thread.buffer_stride)
+
+
+cdef void send_to_hydrator(QueueThread* thread, const Action* action) noexcept nogil:
+    cdef Mailbox* box = &thread.base.device.to_hydrator[thread.queue.index]
+    # A hint may be dropped, a request may not: hints leave a slot for every tag.
+    if action.message == MSG_WANT and mailbox_room(box) <= thread.queue.depth:
+        return
+    put(box, action)
+
+
+cdef void queue_event(QueueThread* thread, const Event* event) noexcept nogil:
+    cdef Actions* actions = &thread.base.actions
+    cdef const Action* action
+    cdef uint32_t i
+    actions.count = 0
+    queue_step(&thread.queue, event, actions)
+    for i in range(actions.count):
+        action = &actions.items[i]
+        if action.kind == ACT_COMPLETE:
+            finish_request(thread, action)
+        elif action.kind == ACT_SEND:
+            send_to_hydrator(thread, action)
+        else:
+            ring_action(&thread.base.ring, action)
+
+
+cdef void on_ublk(QueueThread* thread, uint16_t tag, int32_t res) noexcept nogil:
+    """FETCH or COMMIT ended: a new request, or the tag is taken back."""
+    cdef const ubi_ublk_io_desc* descriptor = &thread.descriptors[tag]
+    cdef Event event
+    if res != UBI_UBLK_IO_RES_OK:
+        # -ENODEV: the device is stopping. Anything else leaves a tag that the kernel never fills
+        # again; STOP_DEV and the process's end both cope with that.
+        thread.tags_gone += 1
+        return
+    memset(&event, 0, sizeof(event))
+    event.kind = EVENT_REQUEST
+    event.op = ubi_ublk_io_op(descriptor)
+    event.fua = (descriptor.op_flags & UBI_UBLK_IO_F_FUA) != 0
+    event.tag = tag
+    event.offset = descriptor.start_sector << UBI_SECTOR_SHIFT
+    event.length = descriptor.nr_sectors << UBI_SECTOR_SHIFT
+    thread.started[tag] = thread.now
+    queue_event(thread, &event)
+
+
+cdef void queue_completions(QueueThread* thread) noexcept nogil:
+    cdef io_uring_cqe* cqes[CQE_BATCH]
+    cdef unsigned count = CQE_BATCH
+    cdef unsigned i
+    cdef uint8_t kind
+    cdef Event event
+    while count == CQE_BATCH:
+        count = io_uring_peek_batch_cqe(&thread.base.ring.uring, cqes, CQE_BATCH)
+        for i in range(count):
+            kind = cqe_kind(cqes[i].user_data)
+            if kind == CQE_OP:
+                if op_event(&thread.base, cqes[i], &event):
+                    queue_event(thread, &event)
+            elif kind == CQE_UBLK:
+                on_ublk(thread, <uint16_t>cqe_index(cqes[i].user_data), cqes[i].res)
+            else:
+                other_cqe(&thread.base, kind)
+        io_uring_cq_advance(&thread.base.ring.uring, count)
+
+
+cdef void queue_messages(QueueThread* thread) noexcept nogil:
+    cdef Message message
+    cdef Event event
+    while mailbox_take(&thread.base.device.to_queue[thread.queue.index], &message):
+        message_event(&event, thread.queue.index, &message)
+        queue_event(thread, &event)
+
+
+cdef void queue_wait(QueueThread* thread, Doorbell* bell) noexcept nogil:
+    """Submit, and sleep unless a message is there. Only who awaits a message needs the tick."""
+    cdef uint64_t timeout = <uint64_t>-1
+    doorbell_arm(bell)
+    if not mailbox_empty(&thread.base.device.to_queue[thread.queue.index]):
+        timeout = 0
+    elif thread.queue.awaiting > 0:
+        timeout = TICK_NS
+    ring_enter(&thread.base.ring, timeout)
+    doorbell_disarm(bell)
+
+
+cdef void run_queue(QueueThread* thread) noexcept nogil:
+    """Serve one hardware queue until the kernel has taken back every tag."""
+    cdef ThreadBase* base = &thread.base
+    cdef Doorbell* own = &base.device.bells[thread.queue.index]
+    cdef Doorbell* hydrator = &base.device.bells[base.device.shared.queues]
+    cdef uint16_t tag
+    if not set_up(base, own, 2 * <uint32_t>thread.queue.depth + 8):
+        return
+    base.ring.memory[<int>MEM_REQUEST].start = thread.buffers
+    base.ring.memory[<int>MEM_REQUEST].stride = thread.buffer_stride
+    for tag in range(thread.queue.depth):
+        ring_ublk(&base.ring, UBI_U_IO_FETCH_REQ, thread.queue.index, tag, 0,
+                  <uint64_t>thread.buffers + tag * thread.buffer_stride)
+    ring_enter(&base.ring, 0)
+    tell(base, THREAD_RUNNING, 0)
+    while thread.tags_gone < thread.queue.depth or thread.queue.active > 0:
+        queue_wait(thread, own)
+        if load_u32(&base.quit):
+            break
+        base.turns += 1
+        thread.now = now_ns()
+        queue_completions(thread)
+        queue_messages(thread)
+        ring_bell(base, hydrator)
+    ring_exit(&base.ring)
+    tell(base, THREAD_STOPPED, 0)
+
+
+# -- hydrator thread --------------------------------------------------------------------------------
+
+cdef void hydrator_event(HydratorThread* thread, const Event* event) noexcept nogil:
+    cdef Actions* actions = &thread.base.actions
+    cdef const Action* action
+    cdef uint32_t i
+    actions.count = 0
+    hydrator_step(&thread.hydrator, event, actions)
+    for i in range(actions.count):
+        action = &actions.items[i]
+        if action.kind == ACT_SEND:
+            put(&thread.base.device.to_queue[action.queue], action)
+        elif action.kind == ACT_STARTED:
+            tell(&thread.base, THREAD_LIVE if action.result >= 0 else THREAD_FAILED, action.result)
+        elif action.kind == ACT_STOPPED:
+            tell(&thread.base, THREAD_STOPPED, action.result)
+        else:
+            ring_action(&thread.base.ring, action)
+
+
+cdef void hydrator_simple_event(HydratorThread* thread, uint8_t kind) noexcept nogil:
+    cdef Event event
+    memset(&event, 0, sizeof(event))
+    event.kind = kind
+    hydrator_event(thread, &event)
+
+
+cdef void hydrator_completions(HydratorThread* thread) noexcept nogil:
+    cdef io_uring_cqe* cqes[CQE_BATCH]
+    cdef unsigned count = CQE_BATCH
+    cdef unsigned i
+    cdef uint8_t kind
+    cdef Event event
+    while count == CQE_BATCH:
+        count = io_uring_peek_batch_cqe(&thread.base.ring.uring, cqes, CQE_BATCH)
+        for i in range(count):
+            kind = cqe_kind(cqes[i].user_data)
+            if kind != CQE_OP:
+                other_cqe(&thread.base, kind)
+            elif op_event(&thread.base, cqes[i], &event):
+                hydrator_event(thread, &event)
+        io_uring_cq_advance(&thread.base.ring.uring, count)
+
+
+cdef void hydrator_messages(HydratorThread* thread) noexcept nogil:
+    """All queues' mail, one message a queue in turn: no queue starves another."""
+    cdef Device* device = thread.base.device
+    cdef Message message
+    cdef Event event
+    cdef uint16_t queue
+    cdef bint more = True
+    while more:
+        more = False
+        for queue in range(device.shared.queues):
+            if mailbox_take(&device.to_hydrator[queue], &message):
+                message_event(&event, queue, &message)
+                hydrator_event(thread, &event)
+                more = True
+
+
+cdef bint hydrator_has_mail(HydratorThread* thread) noexcept nogil:
+    cdef Device* device = thread.base.device
+    cdef uint16_t queue
+    for queue in range(device.shared.queues):
+        if not mailbox_empty(&device.to_hydrator[queue]):
+            return True
+    return False
+
+
+cdef void hydrator_wait(HydratorThread* thread, Doorbell* bell) noexcept nogil:
+    cdef uint64_t now = now_ns()
+    cdef uint64_t timeout = 0
+    doorbell_arm(bell)
+    if not hydrator_has_mail(thread) and now < thread.next_tick:
+        timeout = thread.next_tick - now
+    ring_enter(&thread.base.ring, timeout)
+    doorbell_disarm(bell)
+
+
+cdef inline bint ended(ThreadBase* base) noexcept nogil:
+    return load_u32(&base.state) >= THREAD_STOPPED
+
+
+cdef void run_hydrator(HydratorThread* thread) noexcept nogil:
+    """Serve all queues until told to stop and all is committed, or to quit."""
+    cdef ThreadBase* base = &thread.base
+    cdef Device* device = base.device
+    cdef Doorbell* own = &device.bells[device.shared.queues]
+    cdef uint16_t queue
+    cdef bint stopping = False
+    cdef uint64_t now
+    if not set_up(base, own, 2 * base.op_count + 8):
+        return
+    base.ring.memory[<int>MEM_STRIPE].start = thread.stripes
+    base.ring.memory[<int>MEM_STRIPE].stride = device.shared.stripe_bytes
+    base.ring.memory[<int>MEM_PAGE].start = thread.pages
+    base.ring.memory[<int>MEM_PAGE].stride = PAGE
+    tell(base, THREAD_RUNNING, 0)
+    hydrator_simple_event(thread, EVENT_START)
+    thread.next_tick = now_ns() + TICK_NS
+    while not ended(base):
+        hydrator_wait(thread, own)
+        if load_u32(&base.quit):
+            tell(base, THREAD_STOPPED, 0)
+            break
+        base.turns += 1
+        hydrator_completions(thread)
+        hydrator_messages(thread)
+        if load_u32(&base.stop) and not stopping:
+            stopping = True
+            hydrator_simple_event(thread, EVENT_STOP)
+        now = now_ns()
+        if now >= thread.next_tick and not ended(base):
+            thread.next_tick = now + TICK_NS
+            hydrator_simple_event(thread, EVENT_TICK)
+        for queue in range(device.shared.queues):
+            ring_bell(base, &device.bells[queue])
+    # The last answers' doorbells leave with this; the queues' ticks would find them otherwise.
+    ring_enter(&base.ring, 0)
+    ring_exit(&base.ring)

@@ -1,0 +1,96 @@
+"""What the data plane uses of liburing (2.3 or later) and of the system's headers."""
+
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "<liburing.h>" nogil:
+    struct io_uring_sqe:
+        uint8_t opcode
+        uint8_t flags
+        uint16_t ioprio
+        int32_t fd
+        uint64_t off
+        uint32_t cmd_op            # shares its bytes with off
+        uint64_t addr
+        uint32_t len
+        uint64_t user_data
+        uint8_t cmd[0]             # byte 48: 16 bytes in a 64-byte SQE
+
+    struct io_uring_cqe:
+        uint64_t user_data
+        int32_t res
+        uint32_t flags
+
+    struct io_uring:
+        uint32_t features
+        int ring_fd
+
+    struct io_uring_params:
+        uint32_t cq_entries
+        uint32_t flags
+        uint32_t features
+
+    struct __kernel_timespec:
+        int64_t tv_sec
+        int64_t tv_nsec
+
+    enum:
+        IORING_OP_URING_CMD
+        IORING_SETUP_CQSIZE
+        IORING_SETUP_SUBMIT_ALL
+        IORING_SETUP_COOP_TASKRUN
+        IORING_SETUP_SINGLE_ISSUER
+        IORING_SETUP_DEFER_TASKRUN
+        IORING_FSYNC_DATASYNC
+        IOSQE_FIXED_FILE
+        IOSQE_CQE_SKIP_SUCCESS
+
+    int io_uring_queue_init_params(unsigned entries, io_uring* ring, io_uring_params* p) noexcept
+    void io_uring_queue_exit(io_uring* ring) noexcept
+    int io_uring_register_files(io_uring* ring, const int* files, unsigned count) noexcept
+    int io_uring_register_ring_fd(io_uring* ring) noexcept
+    int io_uring_register_iowq_max_workers(io_uring* ring, unsigned* values) noexcept
+    io_uring_sqe* io_uring_get_sqe(io_uring* ring) noexcept
+    int io_uring_submit(io_uring* ring) noexcept
+    int io_uring_submit_and_wait_timeout(io_uring* ring, io_uring_cqe** cqe, unsigned wait,
+                                         __kernel_timespec* ts, void* sigmask) noexcept
+    int io_uring_submit_and_get_events(io_uring* ring) noexcept
+    unsigned io_uring_peek_batch_cqe(io_uring* ring, io_uring_cqe** cqes, unsigned count) noexcept
+    void io_uring_cq_advance(io_uring* ring, unsigned count) noexcept
+    void io_uring_prep_rw(int op, io_uring_sqe* sqe, int fd, const void* addr, unsigned length,
+                          uint64_t offset) noexcept
+    void io_uring_prep_read(io_uring_sqe* sqe, int fd, void* buffer, unsigned length,
+                            uint64_t offset) noexcept
+    void io_uring_prep_write(io_uring_sqe* sqe, int fd, const void* buffer, unsigned length,
+                             uint64_t offset) noexcept
+    void io_uring_prep_fsync(io_uring_sqe* sqe, int fd, unsigned flags) noexcept
+    void io_uring_prep_msg_ring(io_uring_sqe* sqe, int fd, unsigned length, uint64_t data,
+                                unsigned flags) noexcept
+
+cdef extern from *:
+    """
+    #include <sys/mman.h>
+    #include <sys/prctl.h>
+    #include <sys/uio.h>
+    #include <time.h>
+    #include <unistd.h>
+    #ifndef PR_SET_IO_FLUSHER
+    #define PR_SET_IO_FLUSHER 57
+    #endif
+    #ifndef RWF_DSYNC
+    #define RWF_DSYNC 2
+    #endif
+    static inline void ubi_sqe_set_dsync(struct io_uring_sqe *sqe) { sqe->rw_flags = RWF_DSYNC; }
+    static inline uint64_t ubi_now_ns(void)
+    {
+        struct timespec ts;
+        clock_gettime(CLOCK_MONOTONIC, &ts);
+        return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
+    }
+    """
+    void sqe_set_dsync "ubi_sqe_set_dsync"(io_uring_sqe* sqe) noexcept nogil
+    uint64_t now_ns "ubi_now_ns"() noexcept nogil
+    int prctl(int option, unsigned long a, unsigned long b, unsigned long c,
+              unsigned long d) noexcept nogil
+    enum:
+        PR_SET_IO_FLUSHER
+        PR_SET_NAME
