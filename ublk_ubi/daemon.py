@@ -1,0 +1,230 @@
+"""The device daemon: one process a device. Its main thread owns control, never an I/O.
+
+    python -m ublk_ubi.daemon --options-fd N --ready-fd M
+
+reads DeviceOptions as JSON from N, brings the device up, writes one JSON line to M, then serves
+its control socket until the device is stopped: by `stop` on the socket, by a signal, or because
+somebody took the disk away. What waits (stopping) runs on a thread of its own, one at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import selectors
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ublk_ubi.errors import Exit, UbiError
+from ublk_ubi.options import DeviceOptions
+from ublk_ubi.rpc_server import Deferred, NoParams, Server
+from ublk_ubi.session import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from types import FrameType
+
+LINGER_S = 2.0
+SECOND_SIGNAL_S = 5.0
+
+
+class StopParams(msgspec.Struct, forbid_unknown_fields=True):
+    """Parameters of `stop`; `force` takes an open disk away from its users."""
+
+    force: bool = False
+
+
+class Terminated(BaseException):
+    """A signal asks to end while the device is being brought up."""
+
+
+def log(message: str) -> None:
+    """One line in the daemon's log."""
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=sys.stderr, flush=True)
+
+
+class Daemon:
+    """Serves one live device until it is stopped."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._selector = selectors.DefaultSelector()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._state = "live"
+        self._worker: threading.Thread | None = None
+        self._waiting: list[Deferred] = []
+        self._outcome: tuple[UbiError | None, bool] | None = None
+        self._signalled_at = float("-inf")
+        self._server = Server(
+            session.claim.socket,
+            {"status": (NoParams, self._on_status), "stop": (StopParams, self._on_stop)},
+            self._selector,
+            report=log,
+        )
+        self._signals_fd = self._catch_signals()
+        self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
+        self._selector.register(session.plane.notify_fd, selectors.EVENT_READ, self._on_notice)
+        self._selector.register(self._signals_fd, selectors.EVENT_READ, self._on_signal)
+
+    def serve(self) -> int:
+        """Run until the device is gone; returns the exit code of the process."""
+        while True:
+            for key, mask in self._selector.select(self._server.tick()):
+                key.data(mask)
+            if self._outcome is not None:
+                problem, gone = self._outcome
+                self._outcome = None
+                self._worker = None
+                self._answer(problem)
+                if gone:
+                    self._server.close(linger_s=LINGER_S)
+                    return int(problem.code) if problem else 0
+                self._state = "live"
+
+    # ---- requests ---------------------------------------------------------------------------
+
+    def _on_status(self, _params: NoParams) -> dict[str, Any]:
+        return self._session.status(self._state)
+
+    def _on_stop(self, params: StopParams) -> Deferred:
+        answer = Deferred()
+        self._waiting.append(answer)
+        self._stop(force=params.force)
+        return answer
+
+    # ---- stopping, on a thread --------------------------------------------------------------
+
+    def _stop(self, *, force: bool) -> None:
+        """Begin to stop, unless that is under way."""
+        if self._worker is None:
+            self._state = "stopping"
+            self._worker = threading.Thread(target=self._do_stop, args=(force,), daemon=True)
+            self._worker.start()
+
+    def _do_stop(self, force: bool) -> None:
+        problem: UbiError | None = None
+        gone = False
+        try:
+            self._session.stop_disk(force=force)
+            problem = self._session.finish()
+            gone = True
+        except UbiError as error:
+            problem = error
+        except Exception as error:
+            problem = UbiError(f"the daemon failed to stop: {error!r}")
+        self._outcome = (problem, gone)
+        os.eventfd_write(self._wake, 1)
+
+    def _answer(self, problem: UbiError | None) -> None:
+        if problem is not None:
+            log(problem.message)
+        for answer in self._waiting:
+            if problem is None:
+                answer.resolve({"stopped": True})
+            else:
+                answer.fail(problem)
+        self._waiting.clear()
+
+    # ---- events -----------------------------------------------------------------------------
+
+    def _on_wake(self, _mask: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+
+    def _on_notice(self, _mask: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._session.plane.notify_fd)
+        if self._worker is None and not self._session.serves():
+            log("the disk was taken away from outside; stopping")
+            self._stop(force=True)
+
+    def _on_signal(self, _mask: int) -> None:
+        """Stop unless the disk is in use; a second signal soon after takes it away all the same."""
+        os.read(self._signals_fd, 64)
+        now = time.monotonic()
+        force = now - self._signalled_at < SECOND_SIGNAL_S
+        self._signalled_at = now
+        log("asked to end by a signal" + (" again: taking the disk away" if force else ""))
+        self._stop(force=force)
+
+    def _catch_signals(self) -> int:
+        """Signals become bytes in a pipe that the loop reads."""
+        read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+        return read_fd
+
+
+def run(options: DeviceOptions, ready: Callable[[dict[str, Any]], None]) -> int:
+    """Bring a device up, say so through `ready`, serve it to its end; returns the exit code.
+
+    Raises UbiError when it cannot be brought up; then nothing of it is left.
+    """
+    def terminate(number: int, _frame: FrameType | None) -> None:
+        raise Terminated(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, terminate)
+    session = Session(options, notice=log)
+    try:
+        session.start()
+    except Terminated as error:
+        raise UbiError(f"ended by {error} before the device was live", Exit.FAILED) from None
+    daemon = Daemon(session)
+    for warning in session.warnings:
+        log(f"warning: {warning}")
+    log(f"{session.claim.name} is live: {session.info.disk_path}, {session.size} bytes")
+    ready({
+        "ok": True,
+        "name": session.claim.name,
+        "device": session.info.disk_path,
+        "link": session.link,
+        "id": session.info.id,
+        "pid": os.getpid(),
+        "size": session.size,
+        "warnings": session.warnings,
+    })
+    return daemon.serve()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the daemon process; what fails before it is live goes to the ready pipe."""
+    parser = argparse.ArgumentParser(prog="ublk_ubi.daemon")
+    parser.add_argument("--options-fd", type=int, required=True)
+    parser.add_argument("--ready-fd", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    with open(arguments.options_fd, "rb") as file:
+        options = msgspec.json.decode(file.read(), type=DeviceOptions)
+    os.set_inheritable(arguments.ready_fd, False)
+    told = False
+
+    def tell(message: dict[str, Any]) -> None:
+        nonlocal told
+        told = True
+        with contextlib.suppress(OSError):
+            os.write(arguments.ready_fd, msgspec.json.encode(message) + b"\n")
+        os.close(arguments.ready_fd)
+
+    try:
+        return run(options, tell)
+    except UbiError as error:
+        log(error.message)
+        if not told:
+            tell({"ok": False, "error": error.message, "exit": int(error.code)})
+        return int(error.code)
+    except Exception as error:
+        if not told:
+            tell({"ok": False, "error": f"the daemon failed: {error!r}", "exit": 1})
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())
