@@ -103,10 +103,11 @@ class Session(TableHost):
         self._start_threads()
         self._go_live()
         self.claim.write_options(options)
+        self.base.keep()
         self._undo.pop_all()
 
     def _clear_previous(self) -> None:
-        """A daemon died under this name: its device goes, once its last writes have landed."""
+        """Remove what a dead daemon left under this name, once its last writes have landed."""
         previous = self.claim.previous
         if previous is not None and previous.id is not None:
             dead = runtime.Device(
@@ -129,7 +130,7 @@ class Session(TableHost):
             size=options.size,
             create_data_size=-(-self.image.size // stripe) * stripe,
             fence_timeout_s=options.fence_timeout_s,
-            holder=lambda identity: runtime.holder_of(tuple(identity)),
+            holder=runtime.holder_of,
             notice=self._notice,
         )
         self._undo.callback(self.base.discard_if_created)
@@ -225,7 +226,7 @@ class Session(TableHost):
             link=self.link if live else None,
             size=self.size,
             table=self.path,
-            base_identity=tuple(self.base.identity),
+            base_identity=self.base.identity,
             cookie=self._cookie,
         )
 
@@ -285,8 +286,7 @@ class Session(TableHost):
 
     def created(self) -> None:
         """Make the name of a new base last."""
-        if self.base.folder_fd is not None:
-            os.fsync(self.base.folder_fd)
+        self.base.sync_folder()
 
     def _tail(self, opener: Opener) -> tuple[int, int]:
         start = METADATA_SIZE + opener.image_stripes * opener.stripe_bytes
@@ -444,7 +444,7 @@ class Session(TableHost):
         )
 
     def serves(self) -> bool:
-        """False once a queue has ended: somebody else took the disk away."""
+        """Tell whether all queues run; if not, somebody else took the disk away."""
         return not any(
             self.plane.queue_state(index)[0] in ("stopped", "failed")
             for index in range(self.info.queues)

@@ -138,7 +138,7 @@ class TableHost:
         return self.table
 
     def map_table(self, identity: Identity) -> Table:
-        """Take over the table that was found. Raises UbiError (busy) if somebody else was faster."""
+        """Take over the table that was found. Raises UbiError (busy) if another was faster."""
         fd = os.open(self._path(identity.uuid), os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
