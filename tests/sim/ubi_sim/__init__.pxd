@@ -1,0 +1,1 @@
+# Makes `ubi_sim` a package to `cimport`.

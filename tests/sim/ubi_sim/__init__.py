@@ -1,0 +1,1 @@
+"""The simulator: the compiled engines in a world that owns every completion, crash and error."""

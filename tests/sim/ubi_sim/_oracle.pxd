@@ -1,0 +1,28 @@
+"""What a guest may see. Knows nothing of stripes, states, rounds: requests and crashes alone.
+
+- Without a crash a read returns the last completed write, or one that was in flight meanwhile.
+- After a process crash: the same; a write that was in flight is there or not, cell by cell.
+- After a power loss: what completed before a completed flush (or FUA write) began, or anything
+  later. What the first read shows then holds until the cell is written again.
+- A cell that no write ever touched holds the image's content, or zeros behind the image.
+
+A guest never has two writes to one cell in flight: no disk orders those.
+"""
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from ubi_sim._model cimport GuestRequest, World
+
+cdef void oracle_init(World* world) noexcept nogil
+cdef bint oracle_may_write(World* world, uint32_t first, uint32_t count) noexcept nogil
+# A request is sent: `guest` is filled in but for serial and legal values. Writes get a serial.
+cdef void oracle_sent(World* world, GuestRequest* guest) noexcept nogil
+cdef void oracle_completed(World* world, GuestRequest* guest, int32_t result,
+                           const uint32_t* data) noexcept nogil
+cdef void oracle_process_crash(World* world) noexcept nogil
+cdef void oracle_power_loss(World* world) noexcept nogil
+# An fdatasync failed: what is not durable may vanish under the guest.
+cdef void oracle_sync_failed(World* world) noexcept nogil
+# The base was closed cleanly: a flush of everything.
+cdef void oracle_clean_stop(World* world) noexcept nogil
+cdef uint32_t written_value(uint32_t serial, uint32_t cell) noexcept nogil

@@ -1,0 +1,267 @@
+"""The oracle; see _oracle.pxd."""
+
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memmove, memset
+
+from ublk_ubi._atomic cimport ensure
+from ublk_ubi._core cimport OP_FLUSH, OP_READ, OP_WRITE
+from ubi_sim._model cimport (
+    CELLS, CELL_BYTES, HOT_CELLS, IMAGE_VALUE, LATCH_BROKEN, MAX_CANDIDATES, MAX_DEPTH,
+    MAX_HISTORY, MAX_QUEUES, WRONG_DATA, WRONG_ERROR, CellHistory, GuestRequest, Oracle, Version,
+    World, violate,
+)
+
+
+cdef uint32_t written_value(uint32_t serial, uint32_t cell) noexcept nogil:
+    return serial * CELLS + cell % CELLS
+
+
+cdef uint32_t first_value(World* world, uint32_t cell) noexcept nogil:
+    """What a cell holds before anybody writes it."""
+    cdef uint32_t stripe = world.geometry.hot[cell // CELLS]
+    cdef uint64_t offset = <uint64_t>stripe * (CELLS * CELL_BYTES) + cell % CELLS * CELL_BYTES
+    return IMAGE_VALUE | cell if offset < world.geometry.image_bytes else 0
+
+
+cdef void oracle_init(World* world) noexcept nogil:
+    cdef Oracle* oracle = &world.oracle
+    cdef Version* version
+    cdef uint32_t cell
+    memset(oracle, 0, sizeof(Oracle))
+    for cell in range(<uint32_t>(world.geometry.hot_count * CELLS)):
+        version = &oracle.cells[cell].versions[0]
+        oracle.cells[cell].count = 1
+        version.count = 1
+        version.candidates[0] = first_value(world, cell)
+
+
+# -- a cell's past ------------------------------------------------------------------------------------
+
+cdef inline Version* current(CellHistory* history) noexcept nogil:
+    return &history.versions[history.count - 1]
+
+
+cdef bint holds(const uint32_t* values, uint8_t count, uint32_t value) noexcept nogil:
+    cdef uint8_t i
+    for i in range(count):
+        if values[i] == value:
+            return True
+    return False
+
+
+cdef void add_value(uint32_t* values, uint8_t* count, uint32_t value) noexcept nogil:
+    """Add a value once. Past the bound nothing is checked any more that could be wrong: abort."""
+    if holds(values, count[0], value):
+        return
+    ensure(count[0] < MAX_CANDIDATES, b"a cell has few values that it may hold")
+    values[count[0]] = value
+    count[0] += 1
+
+
+cdef void merge_oldest(CellHistory* history) noexcept nogil:
+    """Two oldest versions become one: both may come back after a power loss, either way."""
+    cdef Version* older = &history.versions[0]
+    cdef Version* newer = &history.versions[1]
+    cdef uint8_t i
+    for i in range(older.count):
+        add_value(newer.candidates, &newer.count, older.candidates[i])
+    memmove(older, newer, (history.count - 1) * sizeof(Version))
+    history.count -= 1
+
+
+cdef Version* push(CellHistory* history, uint64_t clock) noexcept nogil:
+    cdef Version* version
+    if history.count == MAX_HISTORY:
+        merge_oldest(history)
+    history.count += 1
+    version = current(history)
+    memset(version, 0, sizeof(Version))
+    version.completed = clock
+    return version
+
+
+cdef void drop_before(CellHistory* history, uint64_t clock) noexcept nogil:
+    """What was current at `clock` is durable: nothing older comes back."""
+    cdef int keep = 0
+    cdef int i
+    for i in range(history.count):
+        if history.versions[i].completed < clock:
+            keep = i
+    if keep > 0:
+        memmove(&history.versions[0], &history.versions[keep],
+                (history.count - keep) * sizeof(Version))
+        history.count -= <uint8_t>keep
+
+
+# -- requests -----------------------------------------------------------------------------------------
+
+cdef bint oracle_may_write(World* world, uint32_t first, uint32_t count) noexcept nogil:
+    cdef uint32_t cell
+    for cell in range(first, first + count):
+        if world.oracle.cells[cell].writing:
+            return False
+    return True
+
+
+cdef void allow_in_reads(World* world, uint32_t cell, uint32_t value) noexcept nogil:
+    """A write of `value` to `cell` is in flight: every read of it in flight may show it."""
+    cdef GuestRequest* guest
+    cdef int queue, tag
+    cdef uint32_t i
+    for queue in range(MAX_QUEUES):
+        for tag in range(MAX_DEPTH):
+            guest = &world.guests[queue][tag]
+            if guest.busy and guest.op == OP_READ and guest.first <= cell < guest.first + guest.count:
+                i = cell - guest.first
+                add_value(guest.legal[i], &guest.legal_count[i], value)
+
+
+cdef void start_read(World* world, GuestRequest* guest) noexcept nogil:
+    cdef CellHistory* history
+    cdef Version* version
+    cdef uint32_t i
+    cdef uint8_t k
+    memset(guest.legal_count, 0, CELLS)
+    for i in range(guest.count):
+        history = &world.oracle.cells[guest.first + i]
+        version = current(history)
+        for k in range(version.count):
+            add_value(guest.legal[i], &guest.legal_count[i], version.candidates[k])
+        if history.writing:
+            add_value(guest.legal[i], &guest.legal_count[i], history.writing_value)
+
+
+cdef void oracle_sent(World* world, GuestRequest* guest) noexcept nogil:
+    cdef Oracle* oracle = &world.oracle
+    cdef uint32_t cell
+    oracle.clock += 1
+    guest.flush_start = oracle.clock
+    guest.busy = 1
+    if guest.op == OP_READ:
+        start_read(world, guest)
+    elif guest.op == OP_WRITE:
+        oracle.serial += 1
+        guest.serial = oracle.serial
+        for cell in range(guest.first, <uint32_t>(guest.first + guest.count)):
+            oracle.cells[cell].writing = 1
+            oracle.cells[cell].writing_value = written_value(guest.serial, cell)
+            allow_in_reads(world, cell, oracle.cells[cell].writing_value)
+
+
+cdef void end_read(World* world, GuestRequest* guest, const uint32_t* data) noexcept nogil:
+    """Legal? And what it showed is what the cell holds, if nobody writes it and no page was lost."""
+    cdef CellHistory* history
+    cdef Version* version
+    cdef uint32_t i
+    for i in range(guest.count):
+        history = &world.oracle.cells[guest.first + i]
+        version = current(history)
+        if not holds(guest.legal[i], guest.legal_count[i], data[i]):
+            if world.oracle.sync_failed and comes_back(history, data[i]):
+                continue
+            violate(world, WRONG_DATA, guest.first + i, data[i],
+                    guest.legal[i][0], guest.legal_count[i])
+        elif (version.count > 1 and not history.writing and version.completed < guest.flush_start
+                and holds(version.candidates, version.count, data[i])
+                and not world.oracle.sync_failed):
+            version.count = 1
+            version.candidates[0] = data[i]
+
+
+cdef bint comes_back(CellHistory* history, uint32_t value) noexcept nogil:
+    """After a failed fdatasync dropped pages may leave the cache: older versions show again."""
+    cdef uint8_t i
+    for i in range(history.count):
+        if holds(history.versions[i].candidates, history.versions[i].count, value):
+            return True
+    return False
+
+
+cdef void end_write(World* world, GuestRequest* guest, int32_t result) noexcept nogil:
+    cdef Oracle* oracle = &world.oracle
+    cdef CellHistory* history
+    cdef Version* version
+    cdef Version* before
+    cdef uint32_t cell
+    cdef uint8_t i
+    oracle.clock += 1
+    for cell in range(guest.first, <uint32_t>(guest.first + guest.count)):
+        history = &oracle.cells[cell]
+        history.writing = 0
+        version = push(history, oracle.clock)
+        add_value(version.candidates, &version.count, history.writing_value)
+        if result < 0:
+            # Any part of it may have reached the base.
+            before = version - 1
+            for i in range(before.count):
+                add_value(version.candidates, &version.count, before.candidates[i])
+        elif guest.fua:
+            drop_before(history, oracle.clock + 1)
+
+
+cdef void oracle_completed(World* world, GuestRequest* guest, int32_t result,
+                           const uint32_t* data) noexcept nogil:
+    cdef Oracle* oracle = &world.oracle
+    cdef uint32_t cell
+    ensure(guest.busy, b"a request completes once")
+    guest.busy = 0
+    if result < 0 and not oracle.fault_seen:
+        violate(world, WRONG_ERROR, guest.op, <uint32_t>-result, guest.first, guest.count)
+    if result >= 0 and oracle.sync_failed and (guest.op == OP_FLUSH or guest.fua):
+        violate(world, LATCH_BROKEN, guest.op, guest.first, guest.count, 0)
+    if guest.op == OP_WRITE:
+        end_write(world, guest, result)
+    elif result < 0:
+        return
+    elif guest.op == OP_READ:
+        end_read(world, guest, data)
+    else:
+        for cell in range(<uint32_t>(world.geometry.hot_count * CELLS)):
+            drop_before(&oracle.cells[cell], guest.flush_start)
+
+
+# -- crashes ------------------------------------------------------------------------------------------
+
+cdef void oracle_process_crash(World* world) noexcept nogil:
+    cdef Oracle* oracle = &world.oracle
+    cdef CellHistory* history
+    cdef Version* version
+    cdef Version before
+    cdef uint32_t cell
+    cdef uint8_t i
+    oracle.clock += 1
+    for cell in range(<uint32_t>(world.geometry.hot_count * CELLS)):
+        history = &oracle.cells[cell]
+        if not history.writing:
+            continue
+        history.writing = 0
+        before = current(history)[0]
+        version = push(history, oracle.clock)
+        add_value(version.candidates, &version.count, history.writing_value)
+        for i in range(before.count):
+            add_value(version.candidates, &version.count, before.candidates[i])
+    memset(world.guests, 0, sizeof(world.guests))
+
+
+cdef void oracle_power_loss(World* world) noexcept nogil:
+    cdef Oracle* oracle = &world.oracle
+    cdef CellHistory* history
+    cdef uint32_t cell
+    oracle_process_crash(world)
+    for cell in range(<uint32_t>(world.geometry.hot_count * CELLS)):
+        history = &oracle.cells[cell]
+        while history.count > 1:
+            merge_oldest(history)
+    # What is read from now on is on the medium, or was dropped for good.
+    oracle.sync_failed = 0
+
+
+cdef void oracle_sync_failed(World* world) noexcept nogil:
+    world.oracle.sync_failed = 1
+
+
+cdef void oracle_clean_stop(World* world) noexcept nogil:
+    cdef uint32_t cell
+    world.oracle.clock += 1
+    for cell in range(<uint32_t>(world.geometry.hot_count * CELLS)):
+        drop_before(&world.oracle.cells[cell], world.oracle.clock)
