@@ -468,11 +468,18 @@ class Session(TableHost):
 
     def degraded(self) -> str | None:
         """Tell why the device is not what it should be, if so."""
+        base = shown(self.base.path)
         if self.plane.latch:
             return (
-                f"an fdatasync of {shown(self.base.path)} failed ({os.strerror(self.plane.latch)}): "
-                "no flush succeeds until the device is added anew"
+                f"an fdatasync of {base} failed ({os.strerror(self.plane.latch)}): no flush "
+                "succeeds until the device is added anew"
             )
+        try:
+            change = self.image.changed()
+        except OSError as error:
+            change = error.strerror
+        if change is not None:
+            return f"image {shown(self.image.path)} has changed since it was opened: {change}"
         return None
 
     def status(self, state: str) -> dict[str, Any]:
