@@ -163,8 +163,12 @@ class Daemon:
         return read_fd
 
 
-def run(options: DeviceOptions, ready: Callable[[dict[str, Any]], None]) -> int:
+def run(
+    options: DeviceOptions, ready: Callable[[dict[str, Any]], None], log_fd: int | None = None,
+) -> int:
     """Bring a device up, say so through `ready`, serve it to its end; returns the exit code.
+
+    `log_fd` is the daemon's log (runtime.open_log), to be kept with the device.
 
     Raises UbiError when it cannot be brought up; then nothing of it is left.
     """
@@ -179,6 +183,8 @@ def run(options: DeviceOptions, ready: Callable[[dict[str, Any]], None]) -> int:
     except Terminated as error:
         raise UbiError(f"ended by {error} before the device was live", Exit.FAILED) from None
     daemon = Daemon(session)
+    if log_fd is not None:
+        session.claim.adopt_log(log_fd)
     for warning in session.warnings:
         log(f"warning: {warning}")
     log(f"{session.claim.name} is live: {session.info.disk_path}, {session.size} bytes")
@@ -214,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
         os.close(arguments.ready_fd)
 
     try:
-        return run(options, tell)
+        return run(options, tell, log_fd=sys.stderr.fileno())
     except UbiError as error:
         log(error.message)
         if not told:

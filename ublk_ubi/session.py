@@ -344,21 +344,27 @@ class Session(TableHost):
     def finish(self) -> UbiError | None:
         """After the disk is gone: commit, close the base, remove every trace.
 
-        Returns what could not be made durable, as an error to show; the table then stays.
-        Raises UbiError when the device itself cannot be removed.
+        Returns what could not be made durable, or not be removed, as an error to show: the table
+        then stays, or the name, as a dead device's that `del` clears up.
         """
         problem = self._commit()
         self._quit_threads()
         if problem is None:
             problem = self._close_base()
         self._close_ublkc()
-        self._delete_device()
         links.remove_link(self.claim.name, self.info.id)
         if self.table is not None:
             self.table.close()
         self.base.close()
         self.image.close()
-        self._control.close()
+        try:
+            self._control.del_dev(self.info.id)
+        except ControlError as error:
+            if error.errno != errno.ENODEV:
+                self.claim.abandon()
+                return problem or error
+        finally:
+            self._control.close()
         self.claim.release()
         return problem
 
