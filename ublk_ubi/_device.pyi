@@ -1,4 +1,4 @@
-"""Types of the compiled data plane."""
+# Types of the compiled data plane.
 
 from typing import Any
 

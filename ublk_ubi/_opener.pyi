@@ -1,10 +1,10 @@
-"""Types of the compiled opener."""
+# Types of the compiled opener.
 
 from typing import Any, NoReturn
 
 REFUSALS: tuple[str, ...]
 
-class Refused(Exception):
+class Refused(Exception):  # noqa: N818 - it is an answer
     reason: str
     opener: Opener
 
@@ -24,7 +24,7 @@ class Opener:
         boot_id: bytes,
         stripe_bytes: int,
         default_stripe_bytes: int,
-        format: bool,
+        format: bool,  # noqa: A002 - the option's name
         adopt: bool,
         force: bool,
         force_stale: bool,

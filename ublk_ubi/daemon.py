@@ -28,7 +28,6 @@ from ublk_ubi.session import Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
     from types import FrameType
 
 LINGER_S = 2.0

@@ -1,6 +1,6 @@
-"""What a device is made of: the keys of `add --config`, of /etc/ublk-ubi/NAME.json and of the daemon.
+"""What a device is made of: the keys of `add --config` and of /etc/ublk-ubi/NAME.json.
 
-The CLI fills one `DeviceOptions`, the daemon reads it; nothing else passes between them on the way in.
+The CLI fills one `DeviceOptions`, the daemon reads it; nothing else passes between them.
 """
 
 from __future__ import annotations

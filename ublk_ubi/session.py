@@ -80,7 +80,7 @@ class Session(TableHost):
         self._ublkc = -1
         self._stopped_disk = False
 
-    # ---- up -------------------------------------------------------------------------------
+    # ---- up ---------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Bring the device up. Raises UbiError; then all is undone."""
@@ -230,7 +230,7 @@ class Session(TableHost):
             cookie=self._cookie,
         )
 
-    # ---- what the lifecycle engine asks for --------------------------------------------------
+    # ---- what the lifecycle engine asks for -------------------------------------------------
 
     def before_write(self, opener: Opener) -> None:
         """Everything is checked; take the device id, the last thing that can be refused."""
@@ -305,7 +305,7 @@ class Session(TableHost):
                 "long), --keep-old-data leaves it",
             )
 
-    # ---- down -----------------------------------------------------------------------------
+    # ---- down -------------------------------------------------------------------------------
 
     def stop_disk(self, *, force: bool) -> None:
         """Take the disk away from its users; refused (busy) while it is open, but with `force`.
@@ -394,7 +394,7 @@ class Session(TableHost):
             )
         return None
 
-    # ---- undoing; each of these may come after a failure of any step ------------------------------
+    # ---- undoing; each of these may come after a failure of any step ------------------------
 
     def _stop_disk(self) -> None:
         with contextlib.suppress(UbiError):
@@ -470,7 +470,7 @@ class Session(TableHost):
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self.plane.notify_fd)
 
-    # ---- what it looks like -------------------------------------------------------------------
+    # ---- what it looks like -----------------------------------------------------------------
 
     def degraded(self) -> str | None:
         """Tell why the device is not what it should be, if so."""

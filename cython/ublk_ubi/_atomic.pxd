@@ -22,7 +22,8 @@ cdef extern from *:
     }
     #define ubi_ensure(ok, what) do { \\
         if (__builtin_expect(!(ok), 0)) { \\
-            fprintf(stderr, "ublk-ubi: broken invariant: %s (%s:%d)\\n", (what), __func__, __LINE__); \\
+            fprintf(stderr, "ublk-ubi: broken invariant: %s (%s:%d)\\n", \\
+                    (what), __func__, __LINE__); \\
             abort(); \\
         } } while (0)
     #endif

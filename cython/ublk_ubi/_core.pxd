@@ -156,7 +156,7 @@ cdef inline uint64_t stripe_offset(Shared* shared, uint32_t stripe) noexcept nog
 cdef inline Action* emit(Actions* actions, uint8_t kind) noexcept nogil:
     """A new action, all zero but its kind. The caller's array holds a step's worst case."""
     cdef Action* action
-    ensure(actions.count < actions.capacity, b"a step emits no more actions than it was given room for")
+    ensure(actions.count < actions.capacity, b"a step emits no more actions than there is room for")
     action = &actions.items[actions.count]
     actions.count += 1
     memset(action, 0, sizeof(Action))

@@ -17,7 +17,7 @@ cdef class DataPlane:
     cdef Block* blocks             # what __dealloc__ unmaps
     cdef uint32_t block_count
     cdef uint32_t block_capacity
-    cdef size_t descriptors_length # bytes that each queue maps of ublkc
+    cdef size_t descriptors_length  # bytes that each queue maps of ublkc
     cdef list threads
     cdef readonly int notify_fd
     cdef void* take(self, size_t length) except NULL

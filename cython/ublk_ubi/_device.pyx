@@ -5,7 +5,7 @@ back before they end.
 """
 
 from libc.errno cimport errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -263,7 +263,7 @@ cdef class DataPlane:
         """errno of the first failed fdatasync, or 0."""
         return load_u32(self.device.shared.latch)
 
-    # -- counters: read while the threads count on; each is whole, their sum may be of two moments --
+    # -- counters: read while the threads count on; a sum may be of two moments --
 
     def stripes(self):
         """Stripes of the image: how many there are, how many the base has, how many for certain."""

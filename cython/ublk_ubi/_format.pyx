@@ -14,10 +14,10 @@ cdef extern from *:
 cdef uint32_t crc32c(const uint8_t* data, uint32_t length) noexcept nogil:
     """CRC-32C (Castagnoli; RFC 3720 appendix B.4), bit by bit: it runs twice an opening."""
     cdef uint32_t crc = 0xffffffff
-    cdef uint32_t i, bit
+    cdef uint32_t i, _bit
     for i in range(length):
         crc ^= data[i]
-        for bit in range(8):
+        for _bit in range(8):
             crc = (crc >> 1) ^ (<uint32_t>0x82f63b78 & (0 - (crc & 1)))
     return ~crc
 

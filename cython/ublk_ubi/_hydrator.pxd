@@ -4,7 +4,8 @@ Transitions (state[] is written in `set_state` alone)
 
     ABSENT       → FETCHING       a buffer is free and someone asked (demand before copy-on-read)
     FETCHING     → PRESENT        image read, base written
-    FETCHING     → ABSENT         either failed: those that waited get its errno, the next may try
+    FETCHING     → ABSENT         either failed: who needed it gets its errno, the next may try
+    FETCHING     → OVERWRITING    either failed, and a whole-stripe write waited: it needs no image
     ABSENT       → OVERWRITING    a whole-stripe write claimed it
     OVERWRITING  → PRESENT        its base write succeeded
     OVERWRITING  → ABSENT         it failed; those that waited are served by a fetch
@@ -20,7 +21,7 @@ Commit round, one at a time
 Invariants
 - A header bit is written only after an fdatasync that began after its stripe's data was complete.
 - Shadow pages hold bits of DURABLE stripes and of D only; other bytes stay as found on the base.
-- D is taken after the joiners are closed: whatever was PRESENT when a joiner came is in D or DURABLE.
+- D is taken after the joiners are closed: what was PRESENT when a joiner came is in D or DURABLE.
 - `undurable` counts a stripe before it is seen PRESENT and until its round has ended well.
 - After a failed fdatasync (the latch) no bit is written and every joiner gets EIO.
 """
@@ -61,6 +62,7 @@ cdef struct Fetch:
 cdef struct Waiter:
     uint32_t stripe
     uint32_t next
+    uint8_t asked                  # MessageKind, 0 when it waits for nothing
 
 cdef struct WaiterList:
     uint32_t first
@@ -108,7 +110,8 @@ cdef struct Hydrator:
     uint32_t next_page
     uint32_t pages_in_flight
     uint32_t free_page_tokens      # a bit a token
-    int32_t round_result
+    int32_t round_result           # of the running round's page writes
+    int32_t stop_result            # of the last round, once stopping
     uint8_t round
     uint8_t life
     HydratorStats stats
@@ -130,7 +133,8 @@ cdef struct HydratorMemory:
     uint32_t wanted_capacity
     uint32_t page_count
 
-cdef void hydrator_init(Hydrator* hydrator, Shared* shared, const HydratorMemory* memory) noexcept nogil
+cdef void hydrator_init(Hydrator* hydrator, Shared* shared,
+                        const HydratorMemory* memory) noexcept nogil
 # Emits at most queues × depth + buffers + PAGE_WINDOW + 2 actions.
 cdef void hydrator_step(Hydrator* hydrator, const Event* event, Actions* actions) noexcept nogil
 

@@ -15,7 +15,8 @@ from ublk_ubi._core cimport (
 
 
 cdef void fifo_init(Fifo* fifo, uint32_t* items, uint32_t capacity) noexcept nogil:
-    ensure(capacity != 0 and (capacity & (capacity - 1)) == 0, b"a fifo's capacity is a power of two")
+    ensure(capacity != 0 and (capacity & (capacity - 1)) == 0,
+           b"a fifo's capacity is a power of two")
     fifo.items = items
     fifo.mask = capacity - 1
     fifo.head = 0
@@ -41,7 +42,8 @@ cdef inline uint32_t fifo_pop(Fifo* fifo) noexcept nogil:
     return item
 
 
-cdef void hydrator_init(Hydrator* hydrator, Shared* shared, const HydratorMemory* memory) noexcept nogil:
+cdef void hydrator_init(Hydrator* hydrator, Shared* shared,
+                        const HydratorMemory* memory) noexcept nogil:
     """Take over `memory`; shared.state and the shadow pages say what is DURABLE and PRESENT."""
     cdef uint32_t i
     cdef uint8_t state
@@ -58,6 +60,8 @@ cdef void hydrator_init(Hydrator* hydrator, Shared* shared, const HydratorMemory
         memory.free_buffers[i] = memory.buffers - 1 - i
     hydrator.free_count = memory.buffers
     hydrator.waiters = memory.waiters
+    for i in range(<uint32_t>shared.queues * shared.depth):
+        memory.waiters[i].asked = 0
     hydrator.buckets = memory.buckets
     ensure(memory.bucket_count != 0 and (memory.bucket_count & (memory.bucket_count - 1)) == 0,
            b"the number of buckets is a power of two")
@@ -92,7 +96,7 @@ cdef void hydrator_init(Hydrator* hydrator, Shared* shared, const HydratorMemory
            b"undurable counts the PRESENT stripes")
 
 
-# -- stripe states ----------------------------------------------------------------------------------
+# -- stripe states -------------------------------------------------------------------------------
 
 cdef inline uint8_t state_of(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
     return hydrator.shared.state[stripe] & STATE_MASK
@@ -128,7 +132,7 @@ cdef void make_present(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
     set_state(hydrator, stripe, PRESENT)
 
 
-# -- those that wait --------------------------------------------------------------------------------
+# -- those that wait -----------------------------------------------------------------------------
 
 cdef inline uint32_t waiter_id(Hydrator* hydrator, uint16_t queue, uint16_t tag) noexcept nogil:
     return <uint32_t>queue * hydrator.shared.depth + tag
@@ -139,6 +143,7 @@ cdef inline WaiterList* bucket(Hydrator* hydrator, uint32_t stripe) noexcept nog
 
 
 cdef void list_append(Hydrator* hydrator, WaiterList* waiting, uint32_t node) noexcept nogil:
+    ensure(hydrator.waiters[node].asked != 0, b"only who asked waits")
     hydrator.waiters[node].next = NONE32
     if waiting.first == NONE32:
         waiting.first = node
@@ -155,6 +160,7 @@ cdef void answer(Hydrator* hydrator, uint32_t node, uint8_t message, int32_t res
     action.tag = <uint16_t>(node % hydrator.shared.depth)
     action.stripe = hydrator.waiters[node].stripe
     action.result = result
+    hydrator.waiters[node].asked = 0
 
 
 cdef bint has_waiter(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
@@ -166,22 +172,29 @@ cdef bint has_waiter(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
     return False
 
 
-cdef void wake(Hydrator* hydrator, uint32_t stripe, int32_t result, Actions* actions) noexcept nogil:
-    """Answer all that wait for `stripe`, first come first served."""
+cdef void wake(Hydrator* hydrator, uint32_t stripe, int32_t result,
+               Actions* actions) noexcept nogil:
+    """Answer all that wait for `stripe`, first come first served. After a failed fetch the first
+    claim is granted instead, and the others wait for that."""
     cdef WaiterList* waiting = bucket(hydrator, stripe)
     cdef uint32_t node = waiting.first
     cdef uint32_t following
     waiting.first = NONE32
     while node != NONE32:
         following = hydrator.waiters[node].next
-        if hydrator.waiters[node].stripe == stripe:
+        if hydrator.waiters[node].stripe != stripe:
+            list_append(hydrator, waiting, node)
+        elif result >= 0 or hydrator.waiters[node].asked != MSG_CLAIM:
             answer(hydrator, node, MSG_GRANT, result, actions)
+        elif state_of(hydrator, stripe) == ABSENT:
+            set_state(hydrator, stripe, OVERWRITING)
+            answer(hydrator, node, MSG_GRANT, CLAIMED, actions)
         else:
             list_append(hydrator, waiting, node)
         node = following
 
 
-# -- hydration --------------------------------------------------------------------------------------
+# -- hydration -----------------------------------------------------------------------------------
 
 cdef void demand_stripe(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
     """Queue a stripe that a request waits for, ahead of all copy-on-read."""
@@ -272,7 +285,7 @@ cdef void on_fetch_done(Hydrator* hydrator, uint32_t index, int32_t result,
         end_fetch(hydrator, index, result, actions)
 
 
-# -- commit rounds ----------------------------------------------------------------------------------
+# -- commit rounds -------------------------------------------------------------------------------
 
 cdef void start_sync(Hydrator* hydrator, uint8_t phase, Actions* actions) noexcept nogil:
     cdef Action* action = emit(actions, ACT_SYNC_BASE)
@@ -309,6 +322,7 @@ cdef void start_round(Hydrator* hydrator, Actions* actions) noexcept nogil:
     hydrator.joining.first = NONE32
     take_round(hydrator)
     hydrator.round_result = 0
+    hydrator.stop_result = 0
     hydrator.stats.rounds += 1
     start_sync(hydrator, ROUND_SYNC_DATA, actions)
 
@@ -379,6 +393,7 @@ cdef void on_page_done(Hydrator* hydrator, uint32_t token, int32_t result,
                        Actions* actions) noexcept nogil:
     ensure(hydrator.round == ROUND_WRITE_PAGES and hydrator.pages_in_flight > 0,
            b"pages are written in their phase of a round only")
+    ensure(not (hydrator.free_page_tokens >> token) & 1, b"a page write ends once")
     hydrator.free_page_tokens |= <uint32_t>1 << token
     hydrator.pages_in_flight -= 1
     if result < 0:
@@ -388,6 +403,10 @@ cdef void on_page_done(Hydrator* hydrator, uint32_t token, int32_t result,
 
 
 cdef void advance_pages(Hydrator* hydrator, Actions* actions) noexcept nogil:
+    if latched(hydrator) and hydrator.next_page < hydrator.page_count:
+        # A queue's fdatasync has failed meanwhile: from then on no bit is written.
+        hydrator.round_result = -EIO
+        hydrator.next_page = hydrator.page_count
     start_pages(hydrator, actions)
     if hydrator.pages_in_flight > 0:
         return
@@ -399,6 +418,8 @@ cdef void advance_pages(Hydrator* hydrator, Actions* actions) noexcept nogil:
 
 
 cdef void on_sync_done(Hydrator* hydrator, int32_t result, Actions* actions) noexcept nogil:
+    ensure(hydrator.round == ROUND_SYNC_DATA or hydrator.round == ROUND_SYNC_PAGES,
+           b"an fdatasync ends once")
     if result < 0:
         set_once_u32(hydrator.shared.latch, <uint32_t>-result)
     elif latched(hydrator):
@@ -406,7 +427,6 @@ cdef void on_sync_done(Hydrator* hydrator, int32_t result, Actions* actions) noe
     if result < 0 or hydrator.round == ROUND_SYNC_PAGES or hydrator.round_count == 0:
         end_round(hydrator, result, actions)
         return
-    ensure(hydrator.round == ROUND_SYNC_DATA, b"a round syncs its data, then its pages")
     set_bits(hydrator)
     hydrator.round = ROUND_WRITE_PAGES
     hydrator.next_page = 0
@@ -431,13 +451,13 @@ cdef void after_round(Hydrator* hydrator, int32_t result, Actions* actions) noex
         fail_joiners(hydrator, actions)
     if hydrator.life == LIFE_STARTING and result < 0:
         started(hydrator, result, actions)
-    elif hydrator.life == LIFE_STOPPING and result < 0:
-        stopped(hydrator, result, actions)
+    elif hydrator.life == LIFE_STOPPING:
+        hydrator.stop_result = result
     if hydrator.joining.first != NONE32:
         start_round(hydrator, actions)
 
 
-# -- life: starting, running, stopping ----------------------------------------------------------------
+# -- life: starting, running, stopping -----------------------------------------------------------
 
 cdef void started(Hydrator* hydrator, int32_t result, Actions* actions) noexcept nogil:
     hydrator.life = LIFE_RUNNING if result >= 0 else LIFE_STOPPED
@@ -450,12 +470,14 @@ cdef void stopped(Hydrator* hydrator, int32_t result, Actions* actions) noexcept
 
 
 cdef void settle(Hydrator* hydrator, Actions* actions) noexcept nogil:
-    """While starting or stopping: commit when nothing is in flight, and say so when all is durable."""
+    """Starting or stopping: commit when nothing is in flight, and say so when all is durable."""
     if hydrator.life != LIFE_STARTING and hydrator.life != LIFE_STOPPING:
         return
     if hydrator.round != ROUND_IDLE or hydrator.free_count < hydrator.buffers:
         return
-    if latched(hydrator):
+    if hydrator.stop_result < 0:
+        stopped(hydrator, hydrator.stop_result, actions)
+    elif latched(hydrator):
         if hydrator.life == LIFE_STARTING:
             started(hydrator, -EIO, actions)
         else:
@@ -480,7 +502,7 @@ cdef void on_start(Hydrator* hydrator, Actions* actions) noexcept nogil:
         start_fetches(hydrator, actions)
 
 
-# -- messages ---------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------
 
 cdef void on_want(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
     if hydrator.shared.state[stripe] != ABSENT:
@@ -546,7 +568,9 @@ cdef void on_message(Hydrator* hydrator, const Event* event, Actions* actions) n
         on_want(hydrator, event.stripe)
         start_fetches(hydrator, actions)
         return
+    ensure(hydrator.waiters[node].asked == 0, b"a tag asks once, and then awaits the answer")
     hydrator.waiters[node].stripe = event.stripe
+    hydrator.waiters[node].asked = event.op
     if event.op == MSG_HYDRATE:
         on_hydrate(hydrator, node, actions)
     elif event.op == MSG_CLAIM:
@@ -560,7 +584,7 @@ cdef void on_message(Hydrator* hydrator, const Event* event, Actions* actions) n
     start_fetches(hydrator, actions)
 
 
-# -- the way in -------------------------------------------------------------------------------------
+# -- the way in ----------------------------------------------------------------------------------
 
 cdef void on_done(Hydrator* hydrator, const Event* event, Actions* actions) noexcept nogil:
     if event.token < hydrator.buffers:
@@ -585,7 +609,8 @@ cdef void hydrator_step(Hydrator* hydrator, const Event* event, Actions* actions
     elif event.kind == EVENT_START:
         on_start(hydrator, actions)
     elif event.kind == EVENT_STOP:
-        if hydrator.life == LIFE_RUNNING:
+        ensure(hydrator.life != LIFE_NEW, b"a hydrator starts before it stops")
+        if hydrator.life != LIFE_STOPPED:
             hydrator.life = LIFE_STOPPING
     else:
         ensure(False, b"the hydrator knows messages, completions, ticks, START and STOP")

@@ -21,7 +21,7 @@ Who opens, what is found
     slot         table                            do
     closed       none                             new
     closed       this generation's, ours          drop it, new (it was closed before the unlink)
-    closed       another file's                   refuse: a copy of that disk
+    closed       else                             refuse: a copy of that disk, or an older one
     open, here   valid                            go on
     open, here   temporary, this generation's     drop it, new (it never went live)
     open, here   else                             refuse: stale

@@ -1,6 +1,6 @@
 """The lifecycle engine; its order of writes and its rules of ownership are in _lifecycle.pxd."""
 
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from ublk_ubi._atomic cimport ensure
@@ -19,22 +19,23 @@ from ublk_ubi._hydrator cimport header_offset, header_page
 
 cdef void lifecycle_init(Lifecycle* lifecycle, const LifecycleOptions* options, uint8_t* pages,
                          uint8_t* scratch) noexcept nogil:
-    """The caller owns the memory; pages are kept for the hydrator, scratch may go once it is open."""
+    """The caller owns the memory; pages are for the hydrator, scratch may go once it is open."""
     memset(lifecycle, 0, sizeof(Lifecycle))
     lifecycle.options = options[0]
     lifecycle.pages = pages
     lifecycle.scratch = scratch
 
 
-# -- actions ------------------------------------------------------------------------------------------
+# -- actions -------------------------------------------------------------------------------------
 
 cdef void sync(Lifecycle* lifecycle, uint8_t phase, Actions* actions) noexcept nogil:
     lifecycle.phase = phase
     emit(actions, ACT_SYNC_BASE)
 
 
-cdef void transfer(Lifecycle* lifecycle, uint8_t phase, uint8_t kind, uint8_t memory, uint32_t index,
-                   uint64_t offset, uint32_t length, Actions* actions) noexcept nogil:
+cdef void transfer(Lifecycle* lifecycle, uint8_t phase, uint8_t kind, uint8_t memory,
+                   uint32_t index, uint64_t offset, uint32_t length,
+                   Actions* actions) noexcept nogil:
     cdef Action* action = emit(actions, kind)
     lifecycle.phase = phase
     action.memory = memory
@@ -71,7 +72,7 @@ cdef void write_head(Lifecycle* lifecycle, uint8_t phase, uint16_t minor,
     transfer(lifecycle, phase, ACT_WRITE_BASE, MEM_PAGE, 0, 0, PAGE, actions)
 
 
-# -- what is there? -------------------------------------------------------------------------------------
+# -- what is there? ------------------------------------------------------------------------------
 
 cdef bint set_geometry(Lifecycle* lifecycle, uint32_t stripe_bytes) noexcept nogil:
     """False, and refused, if the disk cannot have this stripe size."""
@@ -220,7 +221,7 @@ cdef void read_pages(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
              SCRATCH_BYTES if left > SCRATCH_BYTES else <uint32_t>left, actions)
 
 
-# -- whose table is it? -----------------------------------------------------------------------------------
+# -- whose table is it? --------------------------------------------------------------------------
 
 cdef void describe(Lifecycle* lifecycle, TableIdentity* identity) noexcept nogil:
     """The identity that a table of the slot's generation must have."""
@@ -242,11 +243,8 @@ cdef bint same_table(const TableIdentity* a, const TableIdentity* b) noexcept no
             and a.image_bytes == b.image_bytes
             and a.stripe_bytes == b.stripe_bytes
             and a.image_stripes == b.image_stripes
-            and same_base(a, b))
-
-
-cdef bint same_base(const TableIdentity* a, const TableIdentity* b) noexcept nogil:
-    return a.device == b.device and a.inode == b.inode
+            and a.device == b.device
+            and a.inode == b.inode)
 
 
 cdef void decide(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
@@ -255,17 +253,16 @@ cdef void decide(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     cdef bint here = memcmp(lifecycle.slot.boot_id, lifecycle.options.boot_id, 16) == 0
     cdef bint is_open = (lifecycle.slot.flags & FLAG_OPEN) != 0
     cdef uint8_t refusal = REFUSE_NOTHING
-    cdef bint matches, of_this_base, never_live
+    cdef bint matches, never_live
     describe(lifecycle, &expected)
     matches = lifecycle.found_state == TABLE_FOUND and same_table(&lifecycle.found, &expected)
-    of_this_base = lifecycle.found_state == TABLE_FOUND and same_base(&lifecycle.found, &expected)
     never_live = (lifecycle.temporary_state == TABLE_FOUND
                   and same_table(&lifecycle.temporary, &expected))
     if lifecycle.found_state == TABLE_LIVE or lifecycle.temporary_state == TABLE_LIVE:
         refuse(lifecycle, REFUSE_LIVE)
         return
     if not is_open:
-        if lifecycle.found_state != TABLE_NONE and not of_this_base:
+        if lifecycle.found_state != TABLE_NONE and not matches:
             refusal = REFUSE_COPY
     elif here:
         if matches:
@@ -325,7 +322,7 @@ cdef void lifecycle_states(Lifecycle* lifecycle, Shared* shared) noexcept nogil:
             shared.state[stripe] = ABSENT
 
 
-# -- the way in ---------------------------------------------------------------------------------------------
+# -- the way in ----------------------------------------------------------------------------------
 
 cdef void after_read(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     cdef uint8_t phase = lifecycle.phase
@@ -410,6 +407,7 @@ cdef void after_open(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
         ensure(phase == PHASE_MAP_TABLE, b"a phase of opening")
         if has_foreign_bit(lifecycle):
             if lifecycle.options.force_stale:
+                lifecycle.going_on = False
                 host(lifecycle, PHASE_DROP_TABLE, HOST_DROP_TABLE, actions)
             else:
                 refuse(lifecycle, REFUSE_FOREIGN_WRITER)
@@ -433,17 +431,11 @@ cdef void after_close(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
         lifecycle.phase = PHASE_CLOSED
 
 
-cdef void lifecycle_step(Lifecycle* lifecycle, const Event* event, Actions* actions) noexcept nogil:
-    """The only way in."""
+cdef void on_done(Lifecycle* lifecycle, const Event* event, Actions* actions) noexcept nogil:
     cdef uint8_t phase = lifecycle.phase
-    if event.kind == EVENT_START:
-        ensure(phase == PHASE_NEW, b"a base is opened once")
-        sync(lifecycle, PHASE_FIRST_SYNC, actions)
-    elif event.kind == EVENT_STOP:
-        ensure(phase == PHASE_OPEN, b"only an open base is closed")
-        lifecycle.slot.flags &= ~<uint32_t>FLAG_OPEN
-        write_slot(lifecycle, PHASE_CLOSE_SLOT, actions)
-    elif event.result < 0:
+    ensure(PHASE_NEW < phase < PHASE_OPEN or PHASE_OPEN < phase < PHASE_CLOSED,
+           b"an action ends only while it runs")
+    if event.result < 0:
         lifecycle.errno_ = -event.result
         refuse(lifecycle, REFUSE_IO)
     elif phase == PHASE_FIRST_SYNC:
@@ -460,3 +452,17 @@ cdef void lifecycle_step(Lifecycle* lifecycle, const Event* event, Actions* acti
         after_open(lifecycle, actions)
     else:
         after_close(lifecycle, actions)
+
+
+cdef void lifecycle_step(Lifecycle* lifecycle, const Event* event, Actions* actions) noexcept nogil:
+    """The only way in."""
+    if event.kind == EVENT_START:
+        ensure(lifecycle.phase == PHASE_NEW, b"a base is opened once")
+        sync(lifecycle, PHASE_FIRST_SYNC, actions)
+    elif event.kind == EVENT_STOP:
+        ensure(lifecycle.phase == PHASE_OPEN, b"only an open base is closed")
+        lifecycle.slot.flags &= ~<uint32_t>FLAG_OPEN
+        write_slot(lifecycle, PHASE_CLOSE_SLOT, actions)
+    else:
+        ensure(event.kind == EVENT_DONE, b"a lifecycle knows START, STOP and completions")
+        on_done(lifecycle, event, actions)

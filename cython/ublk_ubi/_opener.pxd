@@ -1,4 +1,4 @@
-"""Opening and closing of a base, for the control plane: the lifecycle engine on a ring of its own."""
+"""Opening and closing a base, for the control plane: the lifecycle engine on its own ring."""
 
 from libc.stdint cimport uint8_t, uint64_t
 

@@ -4,7 +4,7 @@ The host (ublk_ubi.table.TableHost and the daemon) keeps tables and whatever is 
 """
 
 from libc.errno cimport EIO
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t, uintptr_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 import os
@@ -27,7 +27,7 @@ from ublk_ubi._ring cimport (
 )
 from ublk_ubi._uring cimport io_uring_cq_advance, io_uring_cqe, io_uring_peek_batch_cqe
 
-from ublk_ubi.table import FoundTable, Identity, TableState
+from ublk_ubi.table import Identity, TableState
 
 cdef enum:
     MAX_PAGES = 1025               # 14 + 2 × 2,097,152 bytes

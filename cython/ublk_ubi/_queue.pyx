@@ -13,7 +13,8 @@ from ublk_ubi._core cimport (
 )
 
 
-cdef void queue_init(Queue* queue, Shared* shared, uint16_t index, Request* requests) noexcept nogil:
+cdef void queue_init(Queue* queue, Shared* shared, uint16_t index,
+                     Request* requests) noexcept nogil:
     """`requests` has room for shared.depth; the queue keeps the pointer."""
     memset(queue, 0, sizeof(Queue))
     memset(requests, 0, shared.depth * sizeof(Request))
@@ -25,7 +26,7 @@ cdef void queue_init(Queue* queue, Shared* shared, uint16_t index, Request* requ
     queue.sync_next = NONE16
 
 
-# -- ending requests ----------------------------------------------------------------------------
+# -- ending requests -----------------------------------------------------------------------------
 
 cdef void complete(Queue* queue, uint16_t tag, int32_t result, Actions* actions) noexcept nogil:
     """End a request: all of its bytes, or -errno. Never a part: the kernel's way with short results
@@ -50,7 +51,7 @@ cdef inline bint latched(Queue* queue) noexcept nogil:
     return load_u32(queue.shared.latch) != 0
 
 
-# -- talking to the hydrator ----------------------------------------------------------------------
+# -- talking to the hydrator ---------------------------------------------------------------------
 
 cdef void send(Queue* queue, uint16_t tag, uint8_t message, int32_t result,
                Actions* actions) noexcept nogil:
@@ -70,7 +71,7 @@ cdef void ask(Queue* queue, uint16_t tag, uint8_t state, uint8_t message, int32_
     send(queue, tag, message, result, actions)
 
 
-# -- starting I/O ---------------------------------------------------------------------------------
+# -- starting I/O --------------------------------------------------------------------------------
 
 cdef void start_io(Queue* queue, uint16_t tag, uint8_t state, uint8_t kind, bint dsync,
                    Actions* actions) noexcept nogil:
@@ -111,7 +112,7 @@ cdef void start_sync(Queue* queue, Actions* actions) noexcept nogil:
     action.token = queue.depth
 
 
-# -- events -----------------------------------------------------------------------------------------
+# -- events --------------------------------------------------------------------------------------
 
 cdef void on_flush(Queue* queue, uint16_t tag, Actions* actions) noexcept nogil:
     cdef Request* request = &queue.requests[tag]
@@ -154,6 +155,7 @@ cdef void on_request(Queue* queue, const Event* event, Actions* actions) noexcep
     cdef uint16_t tag = event.tag
     cdef Request* request
     cdef Shared* shared = queue.shared
+    cdef uint64_t stripe
     ensure(tag < queue.depth, b"a tag is below the queue's depth")
     request = &queue.requests[tag]
     ensure(request.state == IDLE, b"a tag carries one request at a time")
@@ -181,7 +183,9 @@ cdef void on_request(Queue* queue, const Event* event, Actions* actions) noexcep
         # chunk_sectors keeps READ and WRITE inside a stripe; anything else is not from the kernel.
         complete(queue, tag, -EINVAL, actions)
         return
-    request.stripe = <uint32_t>(event.offset >> shared.stripe_shift)
+    # All stripes behind the image are alike; a huge device has more of them than 32 bits count.
+    stripe = event.offset >> shared.stripe_shift
+    request.stripe = <uint32_t>stripe if stripe < shared.image_stripes else shared.image_stripes
     if event.op == OP_READ:
         on_read(queue, tag, actions)
     else:
@@ -204,6 +208,7 @@ cdef void on_write_done(Queue* queue, uint16_t tag, int32_t result,
 cdef void on_sync_done(Queue* queue, int32_t result, Actions* actions) noexcept nogil:
     cdef uint16_t tag = queue.sync_running
     cdef uint16_t following
+    ensure(queue.syncing, b"an fdatasync ends once")
     if result < 0:
         set_once_u32(queue.shared.latch, <uint32_t>-result)
     elif latched(queue):

@@ -52,7 +52,7 @@ cdef struct Ring:
     RingMemory memory[5]           # by Memory
     uint64_t wake_value
 
-# 0 or -errno. `files`: FILE_COUNT descriptors, -1 for none. To be called by the thread that submits.
+# 0 or -errno. `files`: FILE_COUNT descriptors, -1 for none. Called by the thread that submits.
 cdef int ring_init(Ring* ring, uint32_t entries, Op* ops, uint32_t op_count,
                    const int* files) noexcept nogil
 cdef void ring_exit(Ring* ring) noexcept nogil

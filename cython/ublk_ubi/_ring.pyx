@@ -27,7 +27,7 @@ cdef enum:
 
 cdef int ring_init(Ring* ring, uint32_t entries, Op* ops, uint32_t op_count,
                    const int* files) noexcept nogil:
-    """`entries` SQEs, at least one for every operation that can be in flight; four CQEs for each."""
+    """`entries` SQEs, one at least for every operation in flight at once; four CQEs for each."""
     cdef io_uring_params params
     cdef unsigned workers[2]
     cdef int status
@@ -76,7 +76,7 @@ cdef io_uring_sqe* next_sqe(Ring* ring) noexcept nogil:
     return sqe
 
 
-# -- operations -------------------------------------------------------------------------------------
+# -- operations ----------------------------------------------------------------------------------
 
 cdef void submit_op(Ring* ring, uint32_t token) noexcept nogil:
     """The part of an operation that is left."""
@@ -154,7 +154,7 @@ cdef bint ring_op_done(Ring* ring, uint32_t token, int32_t res, int32_t* result)
     return True
 
 
-# -- ublk, doorbells --------------------------------------------------------------------------------
+# -- ublk, doorbells -----------------------------------------------------------------------------
 
 cdef void ring_ublk(Ring* ring, uint32_t command, uint16_t queue, uint16_t tag, int32_t result,
                     uint64_t address) noexcept nogil:

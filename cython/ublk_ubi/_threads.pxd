@@ -23,11 +23,11 @@ cdef enum:
     TICK_NS = 1000000000
     CQE_BATCH = 64
 
-# How far a thread is; the control thread reads it and is told of changes by `notify_fd`.
+# How far a thread is; the control thread reads it, told of changes by `notify_fd`.
 cdef enum ThreadState:
     THREAD_NEW = 0
     THREAD_RUNNING = 1             # a queue: every tag is fetched; the hydrator: its ring is there
-    THREAD_LIVE = 2                # the hydrator: what was found is committed, the device may go live
+    THREAD_LIVE = 2                # the hydrator: what was found is committed, it may go live
     THREAD_STOPPED = 3             # all work is done
     THREAD_FAILED = 4              # `status` says why
 

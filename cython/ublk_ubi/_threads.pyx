@@ -1,6 +1,5 @@
 """The loops of the queue threads and of the hydrator thread; see _threads.pxd."""
 
-from libc.errno cimport EIO
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -35,7 +34,7 @@ cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd_write(int fd, uint64_t value) noexcept
 
 
-# -- what both kinds of thread do -----------------------------------------------------------------
+# -- what both kinds of thread do ----------------------------------------------------------------
 
 cdef void tell(ThreadBase* base, uint32_t state, int32_t status) noexcept nogil:
     """Say how far this thread is."""
@@ -75,7 +74,8 @@ cdef inline void ring_bell(ThreadBase* base, Doorbell* bell) noexcept nogil:
         ring_doorbell(&base.ring, bell.ring_fd)
 
 
-cdef inline void message_event(Event* event, uint16_t queue, const Message* message) noexcept nogil:
+cdef inline void message_event(Event* event, uint16_t queue,
+                               const Message* message) noexcept nogil:
     memset(event, 0, sizeof(Event))
     event.kind = EVENT_MESSAGE
     event.op = message.kind
@@ -107,7 +107,7 @@ cdef inline void other_cqe(ThreadBase* base, uint8_t kind) noexcept nogil:
         ensure(kind == CQE_DOORBELL, b"a CQE is of a kind that was submitted")
 
 
-# -- queue thread -----------------------------------------------------------------------------------
+# -- queue thread --------------------------------------------------------------------------------
 
 cdef void finish_request(QueueThread* thread, const Action* action) noexcept nogil:
     cdef uint8_t op = thread.queue.requests[action.tag].op
@@ -229,7 +229,7 @@ cdef void run_queue(QueueThread* thread) noexcept nogil:
     tell(base, THREAD_STOPPED, 0)
 
 
-# -- hydrator thread --------------------------------------------------------------------------------
+# -- hydrator thread -----------------------------------------------------------------------------
 
 cdef void hydrator_event(HydratorThread* thread, const Event* event) noexcept nogil:
     cdef Actions* actions = &thread.base.actions

@@ -27,7 +27,7 @@ from ubi_sim._model cimport (
 from ubi_sim._oracle cimport oracle_completed, oracle_sent, oracle_sync_failed, written_value
 
 
-# -- a daemon's memory --------------------------------------------------------------------------------
+# -- a daemon's memory ---------------------------------------------------------------------------
 
 cdef void machine_boot(World* world) noexcept nogil:
     cdef uint32_t* words
@@ -83,7 +83,7 @@ cdef void machine_start_engines(World* world) noexcept nogil:
         queue_init(&engines.queues[queue], shared, queue, engines.requests[queue])
 
 
-# -- actions ------------------------------------------------------------------------------------------
+# -- actions -------------------------------------------------------------------------------------
 
 cdef void send(World* world, Mailbox* box, const Action* action) noexcept nogil:
     cdef Mail* mail
@@ -146,7 +146,7 @@ cdef void machine_hydrator_event(World* world, const Event* event) noexcept nogi
     machine_check_counts(world)
 
 
-# -- I/O ----------------------------------------------------------------------------------------------
+# -- I/O -----------------------------------------------------------------------------------------
 
 cdef int data_cell(World* world, uint64_t offset) noexcept nogil:
     """The hot cell of a byte of the device, or −1."""
@@ -365,7 +365,7 @@ cdef int32_t machine_complete(World* world, int index, int32_t fault) noexcept n
     return result
 
 
-# -- requests, mail -----------------------------------------------------------------------------------
+# -- requests, mail ------------------------------------------------------------------------------
 
 cdef void machine_request(World* world, uint16_t queue, uint16_t tag) noexcept nogil:
     """Send world.guests[queue][tag] to its queue."""
@@ -412,7 +412,7 @@ cdef bint machine_take_mail(World* world, int box_index) noexcept nogil:
     return True
 
 
-# -- what must hold after every step ------------------------------------------------------------------
+# -- what must hold after every step -------------------------------------------------------------
 
 cdef void machine_check_counts(World* world) noexcept nogil:
     """`undurable` counts the PRESENT stripes; the table has just what the base has."""

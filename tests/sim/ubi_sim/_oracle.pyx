@@ -35,7 +35,7 @@ cdef void oracle_init(World* world) noexcept nogil:
         version.candidates[0] = first_value(world, cell)
 
 
-# -- a cell's past ------------------------------------------------------------------------------------
+# -- a cell's past -------------------------------------------------------------------------------
 
 cdef inline Version* current(CellHistory* history) noexcept nogil:
     return &history.versions[history.count - 1]
@@ -93,7 +93,7 @@ cdef void drop_before(CellHistory* history, uint64_t clock) noexcept nogil:
         history.count -= <uint8_t>keep
 
 
-# -- requests -----------------------------------------------------------------------------------------
+# -- requests ------------------------------------------------------------------------------------
 
 cdef bint oracle_may_write(World* world, uint32_t first, uint32_t count) noexcept nogil:
     cdef uint32_t cell
@@ -220,7 +220,7 @@ cdef void oracle_completed(World* world, GuestRequest* guest, int32_t result,
             drop_before(&oracle.cells[cell], guest.flush_start)
 
 
-# -- crashes ------------------------------------------------------------------------------------------
+# -- crashes -------------------------------------------------------------------------------------
 
 cdef void oracle_process_crash(World* world) noexcept nogil:
     cdef Oracle* oracle = &world.oracle

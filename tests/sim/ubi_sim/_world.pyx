@@ -35,7 +35,7 @@ from ubi_sim._oracle cimport (
 )
 
 
-# -- making a world -----------------------------------------------------------------------------------
+# -- making a world ------------------------------------------------------------------------------
 
 cdef void make_geometry(World* world, bint small) noexcept nogil:
     """Few stripes, among them the image's last, the first behind it, and page borders."""
@@ -121,7 +121,7 @@ cdef int32_t fault_for(World* world, const Action* action) noexcept nogil:
     return 0
 
 
-# -- opening and closing ------------------------------------------------------------------------------
+# -- opening and closing -------------------------------------------------------------------------
 
 cdef void host_call(World* world, uint8_t call) noexcept nogil:
     """As ublk_ubi.table.TableHost does it."""
@@ -255,7 +255,7 @@ cdef bint open_base(Explorer* explorer, bint format_, bint crash) noexcept nogil
     return True
 
 
-# -- events ---------------------------------------------------------------------------------------------
+# -- events --------------------------------------------------------------------------------------
 
 cdef bint send_request(World* world) noexcept nogil:
     """A request on a free tag, aimed at few cells; False when there is no tag or no legal one."""
@@ -439,7 +439,7 @@ cdef bint stop(Explorer* explorer, bint crash) noexcept nogil:
     return True
 
 
-# -- crashes --------------------------------------------------------------------------------------------
+# -- crashes -------------------------------------------------------------------------------------
 
 cdef void remember(Explorer* explorer) noexcept nogil:
     """Count a durable state once."""
@@ -573,7 +573,7 @@ cdef void boundary(Explorer* explorer) noexcept nogil:
     world.random = random
 
 
-# -- a run ------------------------------------------------------------------------------------------------
+# -- a run ---------------------------------------------------------------------------------------
 
 cdef void run_seed(Explorer* explorer, uint64_t seed) noexcept nogil:
     """Everything that a seed stands for; the first violation is in explorer.world."""
