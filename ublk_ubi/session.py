@@ -30,7 +30,7 @@ from ublk_ubi._opener import Opener, Refused
 from ublk_ubi.abi import Feature
 from ublk_ubi.base import Base, open_base
 from ublk_ubi.bounds import required_block_size
-from ublk_ubi.control import Control, ControlError
+from ublk_ubi.control import Control, ControlError, ControlTimeout
 from ublk_ubi.device_params import AddParams, DeviceParams
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.files import shown, size_text
@@ -38,7 +38,7 @@ from ublk_ubi.image import Image, fingerprint, open_image
 from ublk_ubi.options import MAX_STRIPE_SIZE, METADATA_SIZE
 from ublk_ubi.refusals import explain
 from ublk_ubi.removal import delete_kernel_device
-from ublk_ubi.table import TableHost
+from ublk_ubi.table import TableHost, boot_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 SECTOR = 512
 DEFAULT_STRIPE_SIZE = 1 << 20
 START_TIMEOUT_S = 60.0
+LET_GO_TIMEOUT_S = 2.0
 OPEN_RETRY_S = 5.0
 
 
@@ -96,8 +97,12 @@ class Session(TableHost):
         self._control = control
         features = control.get_features()
         self.claim = runtime.claim(options.name, base=os.path.realpath(options.base))
+        try:
+            self._clear_previous()
+        except BaseException:
+            self.claim.abandon()  # what could not be cleared stays listed, as a dead device
+            raise
         self._undo.callback(self.claim.release)
-        self._clear_previous()
         self._open_files()
         self._open_base(features)
         self._start_threads()
@@ -113,7 +118,9 @@ class Session(TableHost):
             dead = runtime.Device(
                 name=self.claim.name, folder=self.claim.folder, alive=False, state=previous,
             )
-            delete_kernel_device(dead, previous, force=False)
+            delete_kernel_device(
+                dead, previous, force=False, timeout_s=self.options.fence_timeout_s,
+            )
             links.remove_link(self.claim.name, previous.id)
 
     def _open_files(self) -> None:
@@ -358,9 +365,10 @@ class Session(TableHost):
         self.base.close()
         self.image.close()
         try:
-            self._control.del_dev(self.info.id)
+            self._control.del_dev(self.info.id, timeout_s=LET_GO_TIMEOUT_S)
         except ControlError as error:
-            if error.errno != errno.ENODEV:
+            # Our own I/O is over. Who has the dead disk open or mounted keeps its id, no more.
+            if not isinstance(error, ControlTimeout) and error.errno != errno.ENODEV:
                 self.claim.abandon()
                 return problem or error
         finally:
@@ -520,12 +528,6 @@ class Session(TableHost):
             **self.plane.counters(),
             "uptime_s": round(time.monotonic() - self.started_at, 3),
         }
-
-
-def boot_id() -> bytes:
-    """Return the id of this boot, 16 bytes (Documentation/admin-guide/sysctl/kernel.rst)."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return uuid.UUID(file.read().strip()).bytes
 
 
 def owner_ids(owner: str | None) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 One file a running device on tmpfs (docs/durability.md): it outlives the process and dies with the
 kernel, which is just what "every completed write survives a killed daemon" needs and no more.
 
-    0     identity, sealed with a CRC-32: whose table it is (Identity)
+    0     boot id and identity, sealed with a CRC-32: whose table it is (Identity)
     256   latch: errno of the first failed fdatasync, or 0; shared with the data plane
     4096  rows: a byte a stripe, 1 when the base has it; written by the hydrator alone
 
@@ -11,12 +11,13 @@ Invariants
 - A table that a daemon uses is locked (flock) by it. Locked tables are never touched.
 - A table is made under a temporary name and renamed when the base names its generation; nothing is
   ever renamed over another table.
+- A table of another boot is no table: it goes when it is seen. tmpfs forgets it anyway; where /run
+  is something else, its rows may be older than the base.
 - What a found table says is judged by the lifecycle engine, not here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import enum
 import errno
@@ -24,6 +25,7 @@ import fcntl
 import mmap
 import os
 import struct
+import uuid
 import zlib
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -34,8 +36,8 @@ MAGIC = b"UBITABLE"
 VERSION = 1
 HEADER_BYTES = 4096
 LATCH_OFFSET = 256
-# Magic, version, CRC-32 (of the sealed part with this field zero), then the identity.
-_SEAL = struct.Struct("<8sII")
+# Magic, version, CRC-32 (of the sealed part with this field zero), boot id, then the identity.
+_SEAL = struct.Struct("<8sII16s")
 _IDENTITY = struct.Struct("<16s32sQQQQII")
 _SEALED_BYTES = _SEAL.size + _IDENTITY.size
 
@@ -89,8 +91,14 @@ class Table:
     def close(self) -> None:
         """Let go of the lock; the memory stays mapped as long as the data plane points into it."""
         if self._fd >= 0:
+            # The mapping holds a duplicate of the descriptor, so that closing alone frees nothing.
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)
             self._fd = -1
+
+    def is_at(self, path: str) -> bool:
+        """Tell whether this table is what is at `path`."""
+        return _is_at(self._fd, path)
 
 
 class TableHost:
@@ -110,16 +118,25 @@ class TableHost:
         return look(self._path(uuid)), look(self._temporary(uuid))
 
     def drop_table(self, uuid: bytes) -> None:
-        """Remove what is there under both names. Raises OSError."""
+        """Remove what is there under both names. Raises UbiError (busy) if it is used, OSError."""
+        if self.table is not None:
+            self.table.close()
+            self.table = None
         for path in (self._path(uuid), self._temporary(uuid)):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            try:
+                _remove(path)
+            except FileNotFoundError:
+                continue
+            except BlockingIOError:
+                raise UbiError(
+                    f"the table of UUID {uuid.hex()} is in use by another device", Exit.BUSY,
+                ) from None
 
     def make_table(self, identity: Identity) -> Table:
         """Make a table under its temporary name, all rows 0. Raises UbiError (busy), OSError."""
         path = self._temporary(identity.uuid)
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fd = _create(path)
         except FileExistsError:
             raise UbiError(
                 f"another device is opening the base with UUID {identity.uuid.hex()}: wait for it, "
@@ -127,13 +144,13 @@ class TableHost:
                 Exit.BUSY,
             ) from None
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.posix_fallocate(fd, 0, HEADER_BYTES + identity.image_stripes)
-            os.pwrite(fd, _pack(identity), 0)
+            os.pwrite(fd, _pack(identity, boot_id()), 0)
             self.table = Table(fd, identity)
         except BaseException:
+            if _is_at(fd, path):
+                os.unlink(path)
             os.close(fd)
-            os.unlink(path)
             raise
         return self.table
 
@@ -154,6 +171,19 @@ class TableHost:
             raise
         return self.table
 
+    def latch_table(self, uuid: bytes, number: int) -> None:
+        """Note in the table found that an fdatasync of its base failed with errno `number`.
+
+        Raises OSError.
+        """
+        fd = os.open(self._path(uuid), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if struct.unpack("<I", os.pread(fd, 4, LATCH_OFFSET)) == (0,):
+                os.pwrite(fd, struct.pack("<I", number), LATCH_OFFSET)
+        finally:
+            os.close(fd)
+
     def publish_table(self) -> None:
         """Give the new table its name. Raises UbiError (busy) if another took it meanwhile."""
         if self.table is None:
@@ -172,7 +202,10 @@ class TableHost:
         """Remove the table in use: its base is closed."""
         if self.table is None:
             raise RuntimeError("a table is there until it is unlinked")
-        self.drop_table(self.table.identity.uuid)
+        uuid = self.table.identity.uuid
+        for path in (self._path(uuid), self._temporary(uuid)):
+            if self.table.is_at(path):
+                os.unlink(path)
 
     def _path(self, uuid: bytes) -> str:
         return os.path.join(self._folder, uuid.hex())
@@ -182,7 +215,7 @@ class TableHost:
 
 
 def look(path: str) -> FoundTable:
-    """Read a table file without touching it. Raises OSError on anything but its absence."""
+    """Read a table file; one of another boot is removed. Its absence is no error; OSError is."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -190,9 +223,12 @@ def look(path: str) -> FoundTable:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         head = os.pread(fd, HEADER_BYTES, 0)
-        identity = _unpack(head)
+        identity, boot = _unpack(head)
         if identity is None or os.fstat(fd).st_size != HEADER_BYTES + identity.image_stripes:
             return FoundTable(TableState.DAMAGED)
+        if boot != boot_id():
+            os.unlink(path)
+            return FoundTable(TableState.NONE)
         (latch,) = struct.unpack_from("<I", head, LATCH_OFFSET)
         return FoundTable(TableState.FOUND, identity, latch)
     except BlockingIOError:
@@ -201,18 +237,54 @@ def look(path: str) -> FoundTable:
         os.close(fd)
 
 
-def _pack(identity: Identity) -> bytes:
+def _create(path: str) -> int:
+    """Make and lock an empty file. Raises FileExistsError if another one is, or was, at `path`."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    # Somebody may look at it just now, or may even have removed it as nobody's.
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    if not _is_at(fd, path):
+        os.close(fd)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    return fd
+
+
+def _is_at(fd: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: str) -> None:
+    """Remove a table that nobody holds. Raises BlockingIOError if somebody does, OSError."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(fd, path):
+            os.unlink(path)
+    finally:
+        os.close(fd)
+
+
+def boot_id() -> bytes:
+    """Return the id of this boot, 16 bytes (Documentation/admin-guide/sysctl/kernel.rst)."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return uuid.UUID(file.read().strip()).bytes
+
+
+def _pack(identity: Identity, boot: bytes) -> bytes:
     body = _IDENTITY.pack(*identity)
-    crc = zlib.crc32(_SEAL.pack(MAGIC, VERSION, 0) + body)
-    return _SEAL.pack(MAGIC, VERSION, crc) + body
+    crc = zlib.crc32(_SEAL.pack(MAGIC, VERSION, 0, boot) + body)
+    return _SEAL.pack(MAGIC, VERSION, crc, boot) + body
 
 
-def _unpack(head: bytes) -> Identity | None:
-    """Return the identity, or None when it is not one of this version, whole."""
+def _unpack(head: bytes) -> tuple[Identity | None, bytes]:
+    """Return identity and boot id; no identity when it is not one of this version, whole."""
     if len(head) < HEADER_BYTES:
-        return None
+        return None, b""
+    _, _, _, boot = _SEAL.unpack_from(head)
     identity = Identity(*_IDENTITY.unpack_from(head, _SEAL.size))
-    return identity if head[:_SEALED_BYTES] == _pack(identity) else None
+    return (identity if head[:_SEALED_BYTES] == _pack(identity, boot) else None), boot
 
 
 def _lock_memory(address: int, length: int) -> None:

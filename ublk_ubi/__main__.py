@@ -1,0 +1,5 @@
+"""`python -m ublk_ubi`: the command `ublk-ubi`."""
+
+from ublk_ubi.cli import main
+
+main()

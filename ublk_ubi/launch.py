@@ -1,0 +1,211 @@
+"""Starts a device daemon and waits until it is live, has failed, or died.
+
+The daemon gets its options in a memory file (`--options-fd`), so that nothing waits for a reader,
+and says how it went in one line of JSON on a pipe (`--ready-fd`):
+
+    {"ok":true,"name":…,"device":…,"link":…,"id":…,"pid":…,"size":…,"warnings":[…]}
+    {"ok":false,"error":"…","exit":N}
+
+No line and the end of the pipe: it died. Its output goes to a log that it keeps once it has a name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import site
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ublk_ubi import runtime
+from ublk_ubi.errors import Exit, UbiError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ublk_ubi.options import DeviceOptions
+
+MAX_ANSWER = 64 << 10
+STOP_WAIT_S = 10.0
+_END_WAIT_S = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LOG_TAIL = 4096
+
+
+class Ready(msgspec.Struct, kw_only=True):
+    """What a daemon says once: that its device is live, or why not. `size` is bytes."""
+
+    ok: bool
+    error: str = ""
+    exit: int = Exit.FAILED
+    name: str = ""
+    device: str = ""
+    link: str = ""
+    id: int = -1
+    pid: int = 0
+    size: int = 0
+    warnings: list[str] = []
+
+
+def daemon_command() -> list[str]:
+    """Give the command line of the daemon, to which its descriptors are added."""
+    # -P: the daemon runs in /, and nothing that lies there is to be imported.
+    return [sys.executable, "-P", "-m", "ublk_ubi.daemon"]
+
+
+def start_daemon(options: DeviceOptions) -> Ready:
+    """Start a daemon for `options` and wait for its device.
+
+    Raises UbiError: the daemon's own reason, or how it died. On SIGINT, SIGTERM or SIGHUP the
+    daemon is ended, and UbiError says so.
+    """
+    log_fd = runtime.open_log()
+    try:
+        ready_fd, their_ready_fd = os.pipe()
+        try:
+            with _signals_as_bytes() as signal_fd:
+                process = _spawn(options, log_fd, their_ready_fd)
+                line = _wait_for_line(ready_fd, signal_fd, process)
+        finally:
+            os.close(ready_fd)
+        return _judge(line, process, log_fd)
+    finally:
+        runtime.discard_log(log_fd)
+
+
+def _spawn(options: DeviceOptions, log_fd: int, ready_fd: int) -> subprocess.Popen[bytes]:
+    """Start the process; `ready_fd` is its from then on, and closed here."""
+    options_fd = os.memfd_create("options")
+    try:
+        data = msgspec.json.encode(options)
+        os.write(options_fd, data)
+        os.lseek(options_fd, 0, os.SEEK_SET)
+        descriptors = ["--options-fd", str(options_fd), "--ready-fd", str(ready_fd)]
+        return subprocess.Popen(
+            [*daemon_command(), *descriptors],
+            stdin=subprocess.DEVNULL,
+            stdout=log_fd,
+            stderr=log_fd,
+            cwd="/",
+            env=_environment(),
+            pass_fds=(options_fd, ready_fd),
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise UbiError(f"cannot start the daemon {sys.executable}: {error.strerror}") from None
+    finally:
+        os.close(options_fd)
+        os.close(ready_fd)
+
+
+def _environment() -> dict[str, str]:
+    """Let the daemon find this very package, also when it runs from a checkout."""
+    environment = dict(os.environ)
+    parent = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if parent not in (*site.getsitepackages(), site.getusersitepackages()):
+        known = environment.get("PYTHONPATH")
+        environment["PYTHONPATH"] = f"{parent}:{known}" if known else parent
+    return environment
+
+
+def _wait_for_line(ready_fd: int, signal_fd: int, process: subprocess.Popen[bytes]) -> bytes:
+    """Read up to the end of the first line or of the pipe; a signal ends daemon and wait."""
+    line = b""
+    poll = select.poll()
+    poll.register(ready_fd, select.POLLIN)
+    poll.register(signal_fd, select.POLLIN)
+    while b"\n" not in line and len(line) < MAX_ANSWER:
+        ready = {fd for fd, _ in poll.poll()}
+        if signal_fd in ready:
+            number = os.read(signal_fd, 1)[0]
+            _stop(process)
+            name = signal.Signals(number).name
+            raise UbiError(f"interrupted by {name}: the daemon was ended, no device was added")
+        piece = os.read(ready_fd, MAX_ANSWER)
+        if not piece:
+            break
+        line += piece
+    return line
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the daemon cleanly. Raises UbiError when it does not end in time."""
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    try:
+        process.wait(STOP_WAIT_S)
+    except subprocess.TimeoutExpired:
+        message = (
+            f"interrupted, but the daemon (process {process.pid}) has not ended "
+            f"{STOP_WAIT_S:g} s after SIGTERM: see `ublk-ubi list`"
+        )
+        _let_go(process)
+        raise UbiError(message, Exit.TIMED_OUT) from None
+
+
+def _judge(line: bytes, process: subprocess.Popen[bytes], log_fd: int) -> Ready:
+    """Make a result or an error of what the daemon said."""
+    if not line.endswith(b"\n"):
+        raise UbiError(f"the daemon {_how_it_ended(process)}{_last_words(log_fd)}")
+    try:
+        ready = msgspec.json.decode(line, type=Ready)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        _stop(process)
+        raise UbiError(f"the daemon's answer makes no sense: {error}") from None
+    if ready.ok:
+        _let_go(process)
+        return ready
+    # It still takes back what it has made: nothing of it is left when we return.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_END_WAIT_S)
+    _let_go(process)
+    known = ready.exit in {int(code) for code in Exit}
+    raise UbiError(ready.error, Exit(ready.exit) if known else Exit.FAILED)
+
+
+def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    try:
+        status = process.wait(_END_WAIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        _let_go(process)
+        return "closed its end without a word, and was killed"
+    if status < 0:
+        return f"was killed by {signal.Signals(-status).name} before its device was live"
+    return f"ended with status {status} before its device was live"
+
+
+def _last_words(log_fd: int) -> str:
+    """Quote the last line of its log, if there is one."""
+    end = os.fstat(log_fd).st_size
+    tail = os.pread(log_fd, _LOG_TAIL, max(0, end - _LOG_TAIL))
+    lines = [line.strip() for line in tail.decode(errors="replace").splitlines() if line.strip()]
+    return f": {lines[-1][:400]}" if lines else ""
+
+
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    """Stop minding a process that outlives us; otherwise its object complains when it goes."""
+    if process.returncode is None:
+        process.returncode = 0
+
+
+@contextlib.contextmanager
+def _signals_as_bytes() -> Iterator[int]:
+    """Turn signals into bytes on a descriptor, so that they interrupt nothing but the wait."""
+    read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    minded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, lambda *_: None) for number in minded}
+    try:
+        yield read_fd
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(before)
+        os.close(read_fd)
+        os.close(write_fd)

@@ -1,0 +1,149 @@
+"""What is known of a device at a moment: the answer of `status`, and the schema of its --json.
+
+The daemon fills a `Status` and answers with it; a command decodes the same. What cannot be known,
+of a device whose daemon died or does not answer, is null. New keys may come, none goes or changes
+its meaning without another `schema`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from ublk_ubi import rpc
+from ublk_ubi.errors import Exit, UbiError
+
+if TYPE_CHECKING:
+    from ublk_ubi.runtime import Device
+
+DEFAULT_TIMEOUT_S = 5.0
+_LEAST_TIMEOUT_S = 0.2
+
+
+class Latency(msgspec.Struct):
+    """Microseconds from the kernel's handing over of a request to its completion."""
+
+    p50: float = 0
+    p90: float = 0
+    p99: float = 0
+    p999: float = 0
+    max: float = 0
+
+
+class IoCounters(msgspec.Struct):
+    """Requests completed since the daemon started; `errors` of them with an errno."""
+
+    count: int = 0
+    bytes: int = 0
+    errors: int = 0
+    latency_us: Latency = msgspec.field(default_factory=Latency)
+
+
+class Io(msgspec.Struct):
+    """The device's requests, by kind."""
+
+    read: IoCounters = msgspec.field(default_factory=IoCounters)
+    write: IoCounters = msgspec.field(default_factory=IoCounters)
+    flush: IoCounters = msgspec.field(default_factory=IoCounters)
+
+
+class Stripes(msgspec.Struct):
+    """The image's stripes; `hydrated` of them are on the base, `committed` of those durably."""
+
+    total: int
+    hydrated: int
+    committed: int
+
+
+class Hydration(msgspec.Struct):
+    """Stripes that this daemon brought to the base; `whole_stripe_writes` needed no fetch."""
+
+    stripes: int = 0
+    bytes: int = 0
+    errors: int = 0
+    whole_stripe_writes: int = 0
+
+
+class Commit(msgspec.Struct):
+    """Commit rounds of this daemon, those that failed, and the header pages they wrote."""
+
+    rounds: int = 0
+    errors: int = 0
+    pages: int = 0
+
+
+class Status(msgspec.Struct, kw_only=True):
+    """A device. Sizes are bytes; `degraded` is the reason, null for a sound one."""
+
+    schema: int = 1
+    name: str
+    device: str | None = None
+    link: str | None = None
+    id: int | None = None
+    pid: int | None = None
+    state: Literal["starting", "live", "stopping", "dead"]
+    degraded: str | None = None
+    image: str | None = None
+    image_size: int | None = None
+    base: str | None = None
+    size: int | None = None
+    stripe_size: int | None = None
+    block_size: int | None = None
+    queues: int | None = None
+    depth: int | None = None
+    copy_on_read: bool | None = None
+    image_cache: str | None = None
+    image_direct: bool | None = None
+    base_direct: bool | None = None
+    data_path: str | None = None
+    cache: str | None = None
+    uuid: str | None = None
+    generation: int | None = None
+    stripes: Stripes | None = None
+    io: Io | None = None
+    cold_reads: int | None = None
+    hydration: Hydration | None = None
+    commit: Commit | None = None
+    uptime_s: float | None = None
+
+
+def status_of(device: Device, timeout_s: float = DEFAULT_TIMEOUT_S) -> Status:
+    """Ask the daemon; tell of a dead or mute one what its folder tells. Never raises for it."""
+    if not device.alive:
+        ended = f"its daemon (process {device.pid}) died" if device.pid else "its daemon died"
+        return _from_folder(device, "dead", device.problem or ended)
+    try:
+        answer = rpc.call(device.socket, "status", timeout_s=timeout_s)
+        return msgspec.convert(answer, Status)
+    except msgspec.ValidationError as error:
+        return _from_folder(device, "live", f"its daemon is of another version: {error}")
+    except UbiError as error:
+        if device.starting:
+            return _from_folder(device, "starting", None)
+        if error.code == Exit.TIMED_OUT:
+            mute = f"its daemon (process {device.pid}) does not answer"
+            return _from_folder(device, "live", mute)
+        return _from_folder(device, "live", error.message)
+
+
+def status_of_all(devices: list[Device], timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Status]:
+    """Ask one after the other, within `timeout_s` in all; a mute one takes nobody's turn away."""
+    deadline = time.monotonic() + timeout_s
+    return [
+        status_of(device, max(_LEAST_TIMEOUT_S, deadline - time.monotonic()))
+        for device in devices
+    ]
+
+
+def _from_folder(
+    device: Device, state: Literal["starting", "live", "dead"], degraded: str | None,
+) -> Status:
+    status = Status(name=device.name, state=state, degraded=degraded)
+    if device.alive:
+        status.pid = device.pid
+    if device.state is not None and not device.starting:
+        for key in ("device", "link", "id", "image", "base", "size"):
+            setattr(status, key, getattr(device.state, key))
+    return status
