@@ -13,12 +13,16 @@ from setuptools import Extension, setup
 
 HERE = Path(__file__).resolve().parent
 SOURCES = Path("cython/ublk_ubi")
+# Modules that only tests need are built on request, and where no installation looks.
+TESTING = bool(os.environ.get("UBLK_UBI_TEST"))
+TESTING_PREFIX = "_testing"
 
-# What a missing header means in Debian's words, and what makes the compiler find it.
+# What a missing header means in Debian's words; those that others include come first.
 NEEDED_HEADERS = {
+    "stdio.h": "libc6-dev",
+    "linux/fs.h": "linux-libc-dev",
     "Python.h": "python3-dev",
     "liburing.h": "liburing-dev (2.3 or later)",
-    "linux/fs.h": "linux-libc-dev",
 }
 
 
@@ -78,6 +82,7 @@ def extensions() -> list[Extension]:
             define_macros=macros,
         )
         for source in sorted((HERE / SOURCES).glob("*.pyx"))
+        if TESTING or not source.stem.startswith(TESTING_PREFIX)
     ]
 
 
@@ -88,8 +93,10 @@ except ImportError:
     fail("Cython is missing: build with `pip install .`, which fetches the pinned version")
 
 setup(
+    options={"build": {"build_base": "build/testing"}} if TESTING else {},
     packages=["ublk_ubi", "ublk_ubi.cli"],
     package_data={"ublk_ubi": ["py.typed", "*.pyi"]},
+    exclude_package_data={"ublk_ubi": [f"{TESTING_PREFIX}*"]},
     ext_modules=cythonize(
         extensions(),
         include_path=["cython"],

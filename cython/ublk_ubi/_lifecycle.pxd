@@ -2,15 +2,20 @@
 
     opening    fdatasync → read page 0, slots, (all 8 MiB if there is no magic), headers, table
                → decide; every refusal is before the first write
-    creating   zero the tail → zero 8 MiB → fdatasync → slot → fdatasync → page 0 → fdatasync
+    creating   zero the slots → fdatasync → zero the tail → zero 8 MiB → fdatasync → slot
+               → fdatasync → page 0 → fdatasync
     going on   (valid table) nothing is written: same generation
+    dropping   (a table that is not gone on with) slot (not open) → fdatasync → remove the table
     new        table under a temporary name → page 0 (minor 2) and slot (open, generation + 1)
                → fdatasync → rename the table
     closing    slot (not open) → fdatasync → page 0 (minor 1) → fdatasync → unlink the table
 
 Invariants
-- No header bit is trusted before an fdatasync: what was read may be in a cache alone.
+- No header bit is trusted before an fdatasync: what was read may be in a cache alone. If that one
+  fails, what a killed daemon had written is lost: its table is latched, and not gone on with.
 - Page 0, the magic, is the last thing that creation writes: without it nothing is a disk of ours.
+- Formatting takes the slots of an old disk away first: cut short, it leaves no old disk that opens
+  and has lost some of its headers or of its data.
 - A table is published (renamed) after the base names its generation, and unlinked after the base
   says that it is closed. A table under its temporary name has never served a request.
 - Whoever finds the base open in this boot without its very table refuses: acknowledged writes may
@@ -47,7 +52,10 @@ cdef enum Phase:
     PHASE_SCAN
     PHASE_READ_PAGES
     PHASE_FIND_TABLE
+    PHASE_LATCH_TABLE
     PHASE_BEFORE_WRITE
+    PHASE_ERASE
+    PHASE_ERASE_SYNC
     PHASE_ZERO_TAIL
     PHASE_ZERO
     PHASE_ZERO_SYNC
@@ -56,6 +64,8 @@ cdef enum Phase:
     PHASE_FIRST_HEAD
     PHASE_FIRST_HEAD_SYNC
     PHASE_CREATED
+    PHASE_RETIRE
+    PHASE_RETIRE_SYNC
     PHASE_DROP_TABLE
     PHASE_MAKE_TABLE
     PHASE_MAP_TABLE
@@ -83,6 +93,7 @@ cdef enum HostCall:
     HOST_MAP_TABLE = 7             # take over the table found; set `table`
     HOST_PUBLISH_TABLE = 8         # rename it
     HOST_UNLINK_TABLE = 9          # the base is closed
+    HOST_LATCH_TABLE = 10          # `errno_` into the latch of the table found, unless it has one
 
 cdef enum TableState:
     TABLE_NONE = 0

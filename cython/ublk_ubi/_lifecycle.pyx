@@ -107,6 +107,9 @@ cdef void plan_new(Lifecycle* lifecycle, uint32_t stripe_bytes) noexcept nogil:
 
 cdef void create(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     cdef uint32_t stripe_bytes = lifecycle.options.stripe_bytes
+    if lifecycle.errno_ != 0:
+        refuse(lifecycle, REFUSE_IO)
+        return
     if stripe_bytes == 0:
         stripe_bytes = lifecycle.options.default_stripe_bytes
     if not set_geometry(lifecycle, stripe_bytes):
@@ -162,10 +165,6 @@ cdef void classify(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     cdef uint16_t minor = head_minor(lifecycle.pages)
     if lifecycle.options.format:
         create(lifecycle, actions)
-    elif not magic and condition == SLOT_VALID and lifecycle.slot.sequence == 1 and all_zero(
-            lifecycle.pages, PAGE):
-        # Creation was cut short between its slot and its magic: nothing was ever kept here.
-        create(lifecycle, actions)
     elif not magic:
         lifecycle.position = 0
         scan(lifecycle, actions)
@@ -178,6 +177,9 @@ cdef void classify(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     elif condition == SLOT_ZERO:
         # With minor 2, an adoption that was cut short before its first slot: adopt it again.
         adopt(lifecycle, actions)
+    elif lifecycle.pages[13] != <uint8_t>(lifecycle.slot.stripe_bytes >> 10):
+        # Another program made a disk of its own here, and kept our slots.
+        refuse(lifecycle, REFUSE_DAMAGED)
     else:
         check_recorded(lifecycle, actions)
 
@@ -261,6 +263,13 @@ cdef void decide(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     if lifecycle.found_state == TABLE_LIVE or lifecycle.temporary_state == TABLE_LIVE:
         refuse(lifecycle, REFUSE_LIVE)
         return
+    if lifecycle.errno_ != 0:
+        # The first fdatasync failed: of what this table says that the base has, some is lost.
+        if matches and is_open and here:
+            host(lifecycle, PHASE_LATCH_TABLE, HOST_LATCH_TABLE, actions)
+        else:
+            refuse(lifecycle, REFUSE_IO)
+        return
     if not is_open:
         if lifecycle.found_state != TABLE_NONE and not matches:
             refusal = REFUSE_COPY
@@ -332,6 +341,10 @@ cdef void after_read(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     elif phase == PHASE_READ_SLOTS:
         classify(lifecycle, actions)
     elif phase == PHASE_SCAN:
+        if (lifecycle.position == SLOT_OFFSET and lifecycle.slot.sequence == 1
+                and lifecycle.slot_index == 0):
+            # Creation was cut short between its slot and its magic: all the rest is zero.
+            memset(lifecycle.scratch, 0, SLOT_BYTES)
         if all_zero(lifecycle.scratch, SCRATCH_BYTES):
             lifecycle.position += SCRATCH_BYTES
             scan(lifecycle, actions)
@@ -345,13 +358,24 @@ cdef void after_read(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
         read_pages(lifecycle, actions)
 
 
+cdef void drop_table(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
+    """A base that says it is open must not be without its table, should this opening die, too."""
+    if lifecycle.slot.flags & FLAG_OPEN:
+        lifecycle.slot.flags &= ~<uint32_t>FLAG_OPEN
+        write_slot(lifecycle, PHASE_RETIRE, actions)
+    else:
+        host(lifecycle, PHASE_DROP_TABLE, HOST_DROP_TABLE, actions)
+
+
 cdef void start_writing(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     if lifecycle.creating:
-        host(lifecycle, PHASE_ZERO_TAIL, HOST_ZERO_TAIL, actions)
+        memset(lifecycle.scratch, 0, SCRATCH_BYTES)
+        transfer(lifecycle, PHASE_ERASE, ACT_WRITE_BASE, MEM_SCRATCH, 0, SLOT_OFFSET, 2 * PAGE,
+                 actions)
     elif lifecycle.going_on:
         host(lifecycle, PHASE_MAP_TABLE, HOST_MAP_TABLE, actions)
     elif lifecycle.found_state != TABLE_NONE or lifecycle.temporary_state != TABLE_NONE:
-        host(lifecycle, PHASE_DROP_TABLE, HOST_DROP_TABLE, actions)
+        drop_table(lifecycle, actions)
     else:
         plan_generation(lifecycle, actions)
 
@@ -367,8 +391,11 @@ cdef void zero_next(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
 
 cdef void after_create(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     cdef uint8_t phase = lifecycle.phase
-    if phase == PHASE_ZERO_TAIL:
-        memset(lifecycle.scratch, 0, SCRATCH_BYTES)
+    if phase == PHASE_ERASE:
+        sync(lifecycle, PHASE_ERASE_SYNC, actions)
+    elif phase == PHASE_ERASE_SYNC:
+        host(lifecycle, PHASE_ZERO_TAIL, HOST_ZERO_TAIL, actions)
+    elif phase == PHASE_ZERO_TAIL:
         lifecycle.position = 0
         zero_next(lifecycle, actions)
     elif phase == PHASE_ZERO:
@@ -390,7 +417,11 @@ cdef void after_create(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
 
 cdef void after_open(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     cdef uint8_t phase = lifecycle.phase
-    if phase == PHASE_DROP_TABLE:
+    if phase == PHASE_RETIRE:
+        sync(lifecycle, PHASE_RETIRE_SYNC, actions)
+    elif phase == PHASE_RETIRE_SYNC:
+        host(lifecycle, PHASE_DROP_TABLE, HOST_DROP_TABLE, actions)
+    elif phase == PHASE_DROP_TABLE:
         plan_generation(lifecycle, actions)
     elif phase == PHASE_MAKE_TABLE:
         fill_table(lifecycle)
@@ -408,7 +439,7 @@ cdef void after_open(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
         if has_foreign_bit(lifecycle):
             if lifecycle.options.force_stale:
                 lifecycle.going_on = False
-                host(lifecycle, PHASE_DROP_TABLE, HOST_DROP_TABLE, actions)
+                drop_table(lifecycle, actions)
             else:
                 refuse(lifecycle, REFUSE_FOREIGN_WRITER)
         else:
@@ -437,18 +468,22 @@ cdef void on_done(Lifecycle* lifecycle, const Event* event, Actions* actions) no
            b"an action ends only while it runs")
     if event.result < 0:
         lifecycle.errno_ = -event.result
+    if event.result < 0 and phase != PHASE_FIRST_SYNC:
         refuse(lifecycle, REFUSE_IO)
     elif phase == PHASE_FIRST_SYNC:
+        # Failed or not: if it failed, the table must learn of it (decide).
         transfer(lifecycle, PHASE_READ_HEAD, ACT_READ_BASE, MEM_PAGE, 0, 0, PAGE, actions)
     elif PHASE_READ_HEAD <= phase <= PHASE_READ_PAGES:
         after_read(lifecycle, actions)
     elif phase == PHASE_FIND_TABLE:
         decide(lifecycle, actions)
+    elif phase == PHASE_LATCH_TABLE:
+        refuse(lifecycle, REFUSE_IO)
     elif phase == PHASE_BEFORE_WRITE:
         start_writing(lifecycle, actions)
-    elif PHASE_ZERO_TAIL <= phase <= PHASE_CREATED:
+    elif PHASE_ERASE <= phase <= PHASE_CREATED:
         after_create(lifecycle, actions)
-    elif PHASE_DROP_TABLE <= phase <= PHASE_PUBLISH:
+    elif PHASE_RETIRE <= phase <= PHASE_PUBLISH:
         after_open(lifecycle, actions)
     else:
         after_close(lifecycle, actions)

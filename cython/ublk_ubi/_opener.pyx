@@ -15,10 +15,10 @@ from ublk_ubi._core cimport (
     Event,
 )
 from ublk_ubi._lifecycle cimport (
-    HOST_BEFORE_WRITE, HOST_CREATED, HOST_DROP_TABLE, HOST_FIND_TABLE, HOST_MAKE_TABLE,
-    HOST_MAP_TABLE, HOST_PUBLISH_TABLE, HOST_UNLINK_TABLE, HOST_ZERO_TAIL, PHASE_CLOSED,
-    PHASE_FAILED, PHASE_OPEN, SCRATCH_BYTES, TABLE_DAMAGED, TABLE_FOUND, TABLE_LIVE, TABLE_NONE,
-    LifecycleOptions, TableIdentity, lifecycle_init, lifecycle_step,
+    HOST_BEFORE_WRITE, HOST_CREATED, HOST_DROP_TABLE, HOST_FIND_TABLE, HOST_LATCH_TABLE,
+    HOST_MAKE_TABLE, HOST_MAP_TABLE, HOST_PUBLISH_TABLE, HOST_UNLINK_TABLE, HOST_ZERO_TAIL,
+    PHASE_CLOSED, PHASE_FAILED, PHASE_OPEN, SCRATCH_BYTES, TABLE_DAMAGED, TABLE_FOUND, TABLE_LIVE,
+    TABLE_NONE, LifecycleOptions, TableIdentity, lifecycle_init, lifecycle_step,
 )
 from ublk_ubi._memory cimport map_memory, munmap
 from ublk_ubi._ring cimport (
@@ -207,6 +207,8 @@ cdef class Opener:
             host.drop_table(self.uuid)
         elif call == HOST_PUBLISH_TABLE:
             host.publish_table()
+        elif call == HOST_LATCH_TABLE:
+            host.latch_table(self.uuid, lifecycle.errno_)
         elif call == HOST_UNLINK_TABLE:
             host.unlink_table()
         else:

@@ -1,0 +1,110 @@
+"""A hydrator on a bench: every step of it is checked, and what it has in flight is known."""
+
+from __future__ import annotations
+
+from enginekit.actions import act
+from enginekit.invariants import durable, header_bits, in_round, moved, problems
+from ublk_ubi import _testing as t
+
+STRIPE = 64 << 10
+TAGS = 8
+# What one step may do to a stripe: the list in _hydrator.pxd, and two of its lines at once.
+LEGAL_MOVES = {
+    (t.ABSENT, t.FETCHING), (t.FETCHING, t.PRESENT), (t.FETCHING, t.ABSENT),
+    (t.FETCHING, t.OVERWRITING), (t.ABSENT, t.OVERWRITING), (t.OVERWRITING, t.PRESENT),
+    (t.OVERWRITING, t.ABSENT), (t.PRESENT, t.DURABLE),
+    (t.OVERWRITING, t.FETCHING),       # failed, and somebody waits
+}
+
+
+class Bench:
+    """A hydrator whose every step is checked, and what it has in flight."""
+
+    def __init__(self, *, buffers: int = 4, stripes: int = 8, depth: int = TAGS, queues: int = 1,
+                 start: bool = True, **options) -> None:
+        self.e = t.Engines(stripes=stripes, depth=depth, queues=queues, stripe_bytes=STRIPE,
+                           buffers=buffers, **options)
+        self.buffers = buffers
+        self.in_flight: dict[int, t.Act] = {}
+        self.synced: set[int] = set()  # stripes whose data a finished fdatasync has covered
+        self.written: list[tuple[int, set[int]]] = []  # pages, and the bits in them when written
+        if start:
+            assert self.step(t.EVENT_START) == [act(t.ACT_STARTED)]
+
+    # -- events --
+
+    def step(self, kind: int, **fields: int) -> list[t.Act]:
+        states = self.e.state_bytes
+        rounds, phase = self.e.hydrator_stats["rounds"], self.e.round
+        actions = self.e.hydrator_step(kind, **fields)
+        assert problems(self.e, self.buffers) == []
+        assert moved(states, self.e.state_bytes) <= LEGAL_MOVES
+        if phase == t.ROUND_SYNC_DATA and self.e.round in (t.ROUND_WRITE_PAGES, t.ROUND_SYNC_PAGES):
+            self.synced |= in_round(self.e)
+        assert header_bits(self.e) <= self.synced | durable(self.e)
+        assert self.e.hydrator_stats["rounds"] - rounds <= 1
+        for action in actions:
+            if action.kind in (t.ACT_READ_IMAGE, t.ACT_WRITE_BASE, t.ACT_SYNC_BASE):
+                assert action.token not in self.in_flight
+                self.in_flight[action.token] = action
+            if action.memory == t.MEM_PAGE:
+                self.written.append((action.index, header_bits(self.e)))
+            if action.kind == t.ACT_STOPPED:
+                assert not self.in_flight
+        return actions
+
+    def done(self, token: int, result: int | None = None) -> list[t.Act]:
+        """End an action, well if no result is given."""
+        action = self.in_flight.pop(token)
+        return self.step(t.EVENT_DONE, token=token,
+                         result=action.length if result is None else result)
+
+    def tell(self, message: int, tag: int = 0, stripe: int = 0, result: int = 0,
+             queue: int = 0) -> list[t.Act]:
+        return self.step(t.EVENT_MESSAGE, op=message, tag=tag, stripe=stripe, result=result,
+                         queue=queue)
+
+    def want(self, stripe: int) -> list[t.Act]:
+        return self.tell(t.MSG_WANT, TAGS - 1, stripe)
+
+    def hydrate(self, tag: int, stripe: int) -> list[t.Act]:
+        return self.tell(t.MSG_HYDRATE, tag, stripe)
+
+    def claim(self, tag: int, stripe: int) -> list[t.Act]:
+        return self.tell(t.MSG_CLAIM, tag, stripe)
+
+    def written_by(self, tag: int, stripe: int, result: int = STRIPE) -> list[t.Act]:
+        return self.tell(t.MSG_WRITTEN, tag, stripe, result)
+
+    def join(self, tag: int) -> list[t.Act]:
+        return self.tell(t.MSG_JOIN, tag)
+
+    def tick(self) -> list[t.Act]:
+        return self.step(t.EVENT_TICK)
+
+    def synced_now(self, result: int = 0) -> list[t.Act]:
+        return self.done(self.sync_token, result)
+
+    # -- shortcuts --
+
+    @property
+    def sync_token(self) -> int:
+        return self.buffers + t.PAGE_WINDOW
+
+    def page_token(self, token: int = 0) -> int:
+        return self.buffers + token
+
+    def make_present(self, *stripes: int) -> None:
+        for stripe in stripes:
+            self.claim(TAGS - 2, stripe)
+            self.written_by(TAGS - 2, stripe)
+
+    def finish(self) -> None:
+        """End all I/O well, until there is none."""
+        while self.in_flight:
+            self.done(next(iter(self.in_flight)))
+
+    def buffer_of(self, stripe: int) -> int:
+        (token,) = [token for token, action in self.in_flight.items()
+                    if action.memory == t.MEM_STRIPE and action.stripe == stripe]
+        return token
