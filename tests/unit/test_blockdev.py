@@ -44,6 +44,11 @@ int main(void)
     printf("STATX_DIO_MEM_ALIGN_OFFSET %zu\n", offsetof(struct statx, stx_dio_mem_align));
     printf("STATX_DIO_OFFSET_ALIGN_OFFSET %zu\n", offsetof(struct statx, stx_dio_offset_align));
 #endif
+#ifdef STATX_DIO_READ_ALIGN
+    SHOW(STATX_DIO_READ_ALIGN);
+    printf("STATX_DIO_READ_OFFSET_ALIGN_OFFSET %zu\n",
+           offsetof(struct statx, stx_dio_read_offset_align));
+#endif
     return 0;
 }
 """

@@ -1,0 +1,132 @@
+"""A daemon without a device, for the tests of those who talk to one. Run, not imported.
+
+What it does is the last part of its image's path: normal, warns, refuses, busy, slow, stuck,
+mute, dies, degraded, other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import selectors
+import signal
+import sys
+from typing import Any
+
+import msgspec
+
+from ublk_ubi import links, runtime
+from ublk_ubi.errors import Exit, UbiError
+from ublk_ubi.options import DeviceOptions
+from ublk_ubi.rpc_server import Deferred, NoParams, Server
+from ublk_ubi.status import Commit, Hydration, Io, IoCounters, Latency, Status, Stripes
+
+
+class StopParams(msgspec.Struct, forbid_unknown_fields=True):
+    force: bool = False
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--options-fd", type=int)
+    parser.add_argument("--ready-fd", type=int)
+    arguments = parser.parse_args()
+    with open(arguments.options_fd, "rb") as file:
+        options = msgspec.json.decode(file.read(), type=DeviceOptions)
+
+    def ready(**answer: Any) -> None:
+        os.write(arguments.ready_fd, msgspec.json.encode(answer) + b"\n")
+        os.close(arguments.ready_fd)
+
+    kind = os.path.basename(options.image)
+    if kind == "refuses":
+        ready(ok=False, error=f"image {options.image} is empty", exit=1)
+        sys.exit(1)
+    try:
+        claim = runtime.claim(options.name, base=options.base)
+    except UbiError as error:
+        ready(ok=False, error=error.message, exit=int(error.code))
+        sys.exit(1)
+    claim.adopt_log(1)
+    Fake(kind, claim, options).serve(ready)
+
+
+class Fake:
+    def __init__(self, kind: str, claim: runtime.Claim, options: DeviceOptions) -> None:
+        self.kind, self.claim, self.options = kind, claim, options
+        self.id = options.id or 0
+        self.device = links.device_path(self.id)
+        self.stopping: list[Deferred] = []
+        self.force = False
+
+    def serve(self, ready: Any) -> None:
+        with open(self.device, "w", encoding="ascii"):
+            pass
+        link = links.publish_link(self.claim.name, self.id)
+        self.claim.write_options(self.options)
+        self.claim.write_state(runtime.State(
+            image=self.options.image, base=self.options.base, id=self.id, device=self.device,
+            link=link, size=5 << 30, cookie=12345, base_identity=self.base_identity(),
+        ))
+        selector = selectors.DefaultSelector()
+        server = Server(
+            self.claim.socket,
+            {"status": (NoParams, self.status), "stop": (StopParams, self.stop)},
+            selector,
+        )
+        ready(
+            ok=True, name=self.claim.name, device=self.device, link=link, id=self.id,
+            pid=os.getpid(), size=5 << 30,
+            warnings=["it goes on\nbuffered"] if self.kind == "warns" else [],
+        )
+        if self.kind == "mute":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while not self.done():
+            for key, mask in selector.select(server.tick()):
+                key.data(mask)
+        if self.kind == "dies":
+            os._exit(1)
+        if self.kind == "slow":
+            selector.select(0.3)
+        for answer in self.stopping:
+            answer.resolve({"stopped": True})
+        server.close(linger_s=1)
+        links.remove_link(self.claim.name, self.id)
+        os.unlink(self.device)
+        self.claim.release()
+
+    def base_identity(self) -> tuple[bool, int, int] | None:
+        try:
+            found = os.stat(self.options.base)
+        except FileNotFoundError:
+            return None
+        return (False, found.st_dev, found.st_ino)
+
+    def done(self) -> bool:
+        return bool(self.stopping) and self.kind != "stuck"
+
+    def stop(self, params: StopParams) -> Deferred:
+        if self.kind == "busy" and not params.force:
+            raise UbiError(f"{self.claim.name} is in use: close it first", Exit.BUSY)
+        self.stopping.append(Deferred())
+        return self.stopping[-1]
+
+    def status(self, _params: NoParams) -> Any:
+        if self.kind == "other":
+            return {"schema": 2, "hello": "world"}
+        reads = IoCounters(1234567, 5 << 30, 2, Latency(85, 990, 1200, 65000, 2_500_000))
+        full = Status(
+            name=self.claim.name, state="live", device=self.device,
+            link=links.link_path(self.claim.name), id=self.id, pid=os.getpid(),
+            degraded="an fdatasync failed" if self.kind == "degraded" else None,
+            image=self.options.image, image_size=2361393152, base=self.options.base,
+            size=5 << 30, stripe_size=1 << 20, block_size=512, queues=1, depth=128,
+            copy_on_read=True, image_cache="none", base_direct=False, data_path="copy",
+            cache="writeback", stripes=Stripes(2252, 1000, 990), io=Io(read=reads),
+            cold_reads=1, hydration=Hydration(10, 10 << 20, 3, 2), commit=Commit(5, 1, 7),
+            uptime_s=93784.5,
+        )
+        return {**msgspec.to_builtins(full), "from_the_future": 1}
+
+
+main()
