@@ -1,7 +1,7 @@
 """Builds the engines and the simulator into a folder of their own, as they are or changed.
 
 A planted bug is a replacement of text in an engine's source: the product carries no hook for it.
-A build is keyed by everything that goes into it and made once.
+Each module is built once for everything that goes into it and kept; a variant is a folder of links.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,20 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINE_SOURCES = ROOT / "cython" / "ublk_ubi"
 SIM_SOURCES = ROOT / "tests" / "sim" / "ubi_sim"
 ENGINES = ("_format", "_hydrator", "_lifecycle", "_queue")
-SIMULATOR = ("_disk", "_oracle", "_machine", "_world", "_simulate")
-DIRECTIVES = ["language_level=3", "boundscheck=False", "wraparound=False", "cdivision=True",
-              "initializedcheck=False"]
+SIMULATOR = (
+    "_disk", "_oracle", "_trace", "_coverage", "_io", "_machine", "_host", "_events", "_daemon",
+    "_mistakes", "_world", "_explore", "_simulate",
+)
+MODULES = tuple(f"ublk_ubi/{name}" for name in ENGINES) + tuple(
+    f"ubi_sim/{name}" for name in SIMULATOR
+)
+DIRECTIVES = ("language_level=3", "boundscheck=False", "wraparound=False", "cdivision=True",
+              "initializedcheck=False")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One planted bug's text: `old` stands exactly once in `file`."""
+    """One planted bug's text: `old` stands exactly once in `file`, an engine's .pyx."""
 
     file: str
     old: str
@@ -35,34 +42,92 @@ class Change:
 
 @dataclass(frozen=True)
 class Variant:
-    """What to build: changes to the engines, and flags of the C compiler."""
+    """What to build: changes to the engines; with `lines`, so that gcov counts the engines' lines."""
 
     changes: tuple[Change, ...] = ()
-    flags: tuple[str, ...] = ("-O2",)
+    lines: bool = False
+
+
+@dataclass(frozen=True)
+class Build:
+    """A variant's folder, to be put first on PYTHONPATH, and where each module was made."""
+
+    folder: Path
+    modules: dict[str, Path]
 
 
 def folder_of_builds() -> Path:
-    """Return where builds are kept: below the checkout, or where it cannot be written, beside it."""
+    """Return where builds are kept: below the checkout, unless the environment says otherwise."""
     return Path(os.environ.get("UBLK_UBI_SIM_BUILDS") or ROOT / "build" / "sim")
 
 
-def build(variant: Variant = Variant(), builds: Path | None = None) -> Path:  # noqa: B008
-    """Return the folder of a variant's build, to be put first on PYTHONPATH."""
+def build(variant: Variant = Variant(), builds: Path | None = None) -> Build:  # noqa: B008
+    """Build what is not there yet. Raises ValueError for a change that fits nowhere."""
     builds = builds or folder_of_builds()
-    sources = _sources(variant)
-    key = hashlib.sha256(repr((variant.flags, sys.version, sorted(sources.items()))).encode())
-    final = builds / key.hexdigest()[:16]
+    shared = _shared_sources()
+    texts = {name: _module_text(name, variant.changes) for name in MODULES}
+    _check_used(variant.changes)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = dict(zip(MODULES, pool.map(
+            lambda name: _module(name, texts[name], shared, lines=variant.lines, builds=builds),
+            MODULES,
+        ), strict=True))
+    folder = builds / "variants" / _key(sorted(made.items()))
+    if not folder.is_dir():
+        _link(folder, made)
+    return Build(folder, made)
+
+
+def _key(what: object) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+def _shared_sources() -> dict[str, str]:
+    """What any module may include, by relative path."""
+    sources = {}
+    for folder, package in ((ENGINE_SOURCES, "ublk_ubi"), (SIM_SOURCES, "ubi_sim")):
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".pxd", ".h") and not path.name.startswith("_testing"):
+                sources[f"{package}/{path.name}"] = path.read_text()
+    return sources
+
+
+def _module_text(name: str, changes: tuple[Change, ...]) -> str:
+    """Return a module's source, changed."""
+    package, _, module = name.partition("/")
+    folder = ENGINE_SOURCES if package == "ublk_ubi" else SIM_SOURCES
+    text = (folder / f"{module}.pyx").read_text()
+    for change in changes:
+        if package == "ublk_ubi" and change.file == f"{module}.pyx":
+            if text.count(change.old) != 1:
+                raise ValueError(f"{change.file}: {text.count(change.old)} times: {change.old!r}")
+            text = text.replace(change.old, change.new)
+    return text
+
+
+def _check_used(changes: tuple[Change, ...]) -> None:
+    for change in changes:
+        if change.file.removesuffix(".pyx") not in ENGINES:
+            raise ValueError(f"{change.file} is no engine")
+
+
+def _module(name: str, text: str, shared: dict[str, str], *, lines: bool, builds: Path) -> Path:
+    """Build one module; return its folder."""
+    # An engine's module sees nothing of the simulator.
+    package = name.partition("/")[0]
+    needed = {path: source for path, source in shared.items()
+              if package == "ubi_sim" or path.startswith("ublk_ubi/")}
+    flags = ("-O0", "--coverage") if lines and package == "ublk_ubi" else ("-O2",)
+    final = builds / "modules" / _key((name, text, flags, sys.version, sorted(needed.items())))
     if final.is_dir():
         return final
-    work = builds / f".{key.hexdigest()[:16]}.{os.getpid()}"
+    # Compilers write paths into what they make: build where it will be, then say that it is whole.
+    work = final.with_name(f".{final.name}.{os.getpid()}")
     shutil.rmtree(work, ignore_errors=True)
-    for name, text in sources.items():
-        path = work / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    names = [f"ublk_ubi/{name}" for name in ENGINES] + [f"ubi_sim/{name}" for name in SIMULATOR]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda name: _compile(work, name, variant.flags), names))
+    for path, source in (*needed.items(), (f"{name}.pyx", text)):
+        (work / path).parent.mkdir(parents=True, exist_ok=True)
+        (work / path).write_text(source)
+    _compile(work, name, flags, lines=lines)
     try:
         work.rename(final)
     except OSError:
@@ -70,30 +135,31 @@ def build(variant: Variant = Variant(), builds: Path | None = None) -> Path:  # 
     return final
 
 
-def _sources(variant: Variant) -> dict[str, str]:
-    """Every source by its relative path, changed as the variant says."""
-    sources = {"ublk_ubi/__init__.py": ""}
-    for folder, package in ((ENGINE_SOURCES, "ublk_ubi"), (SIM_SOURCES, "ubi_sim")):
-        for path in sorted(folder.iterdir()):
-            if path.suffix in (".pyx", ".pxd", ".py", ".h") and not path.name.startswith("_testing"):
-                sources[f"{package}/{path.name}"] = path.read_text()
-    for change in variant.changes:
-        name = f"ublk_ubi/{change.file}"
-        if sources[name].count(change.old) != 1:
-            raise ValueError(f"{change.file}: {sources[name].count(change.old)} times: {change.old!r}")
-        sources[name] = sources[name].replace(change.old, change.new)
-    return sources
+def _compile(work: Path, name: str, flags: tuple[str, ...], *, lines: bool) -> None:
+    """Make `name`.so, and beside it what gcov needs."""
+    _run([sys.executable, "-m", "cython", *(f"-X{item}" for item in DIRECTIVES), "-3", "-I", ".",
+          *(["--line-directives"] if lines else []), "--module-name", name.replace("/", "."),
+          f"{name}.pyx"], work)
+    include = sysconfig.get_paths()["include"]
+    compiler = os.environ.get("CC", "gcc")
+    _run([compiler, "-c", "-fPIC", "-g", *flags, "-fno-strict-aliasing", f"-I{include}",
+          "-Iublk_ubi", f"{name}.c", "-o", f"{name}.o"], work)
+    _run([compiler, "-shared", *flags, f"{name}.o", "-o", f"{name}.so"], work)
 
 
-def _compile(work: Path, name: str, flags: tuple[str, ...]) -> None:
-    import sysconfig
-
+def _link(folder: Path, made: dict[str, Path]) -> None:
+    """Make a variant's folder: packages of links to the modules."""
+    work = folder.with_name(f".{folder.name}.{os.getpid()}")
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    _run([sys.executable, "-m", "cython", *(f"-X{item}" for item in DIRECTIVES), "-3",
-          "-I", ".", "--module-name", name.replace("/", "."), f"{name}.pyx"], work)
-    _run([os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-g", *flags, "-fno-strict-aliasing",
-          f"-I{sysconfig.get_paths()['include']}", "-Iublk_ubi", f"{name}.c",
-          "-o", f"{name}{suffix}"], work)
+    for name, module in made.items():
+        link = work / f"{name}{suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        (link.parent / "__init__.py").touch()
+        link.symlink_to(module / f"{name}.so")
+    try:
+        work.rename(folder)
+    except OSError:
+        shutil.rmtree(work)
 
 
 def _run(command: list[str], folder: Path) -> None:
@@ -103,4 +169,4 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(build())
+    print(build().folder)

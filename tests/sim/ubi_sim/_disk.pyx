@@ -1,14 +1,17 @@
 """The model disk; see _disk.pxd."""
 
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from ublk_ubi._atomic cimport ensure
 from ubi_sim._model cimport (
-    CHUNKS, HOT_CELLS, LOG_CHUNK, LOG_DATA, LOG_FREE, LOG_META, MAX_LOG, MAX_META_LOG, META_BYTES,
-    META_SECTORS, NO_PAYLOAD, SYNC_FILES, Disk, LogEntry, World, next_random,
+    CHUNKS, LOG_CHUNK, LOG_DATA, LOG_FREE, LOG_META, MAX_LOG, MAX_META_LOG, META_BYTES,
+    NO_PAYLOAD, SLOT_SECTOR, SYNC_FILES, WHOLE, WITH_TORN_SLOTS, Disk, LogEntry, World, below, has,
+    next_random,
 )
 
+
+# -- the log -------------------------------------------------------------------------------------
 
 cdef int disk_write(World* world, uint8_t kind, uint32_t first, uint32_t count,
                     const uint32_t* values, const uint8_t* payload) noexcept nogil:
@@ -28,7 +31,7 @@ cdef int disk_write(World* world, uint8_t kind, uint32_t first, uint32_t count,
     entry.payload = NO_PAYLOAD
     if kind == LOG_DATA:
         memcpy(entry.values, values, count * sizeof(uint32_t))
-    elif kind == LOG_META:
+    elif kind == LOG_META and payload != NULL:
         for i in range(MAX_META_LOG):
             if not disk.meta_log_used[i]:
                 entry.payload = <uint8_t>i
@@ -46,13 +49,13 @@ cdef void disk_forget(World* world, int index) noexcept nogil:
     entry.kind = LOG_FREE
 
 
-cdef void apply(Disk* disk, LogEntry* entry, uint8_t mask, uint32_t* data, uint8_t* meta,
+cdef void apply(Disk* disk, LogEntry* entry, uint16_t mask, uint32_t* data, uint8_t* meta,
                 uint8_t* chunks) noexcept nogil:
     """Put the parts in `mask` of an entry on a cache or a medium."""
     cdef int i
     if entry.kind == LOG_CHUNK:
         # In part: the MiB still holds something.
-        if mask == 0xff:
+        if mask == WHOLE:
             chunks[entry.first] = 0
             zero_chunk(entry.first, meta)
         return
@@ -61,6 +64,8 @@ cdef void apply(Disk* disk, LogEntry* entry, uint8_t mask, uint32_t* data, uint8
             continue
         if entry.kind == LOG_DATA:
             data[entry.first + i] = entry.values[i]
+        elif entry.payload == NO_PAYLOAD:
+            memset(meta + (entry.first + i) * 512, 0, 512)
         else:
             memcpy(meta + (entry.first + i) * 512, &disk.meta_log[entry.payload][i * 512], 512)
 
@@ -73,50 +78,85 @@ cdef void zero_chunk(uint32_t chunk, uint8_t* meta) noexcept nogil:
         memset(meta + META_BYTES // 2, 0, META_BYTES // 2)
 
 
-cdef void disk_land(World* world, int index, uint8_t mask) noexcept nogil:
+cdef inline void to_medium(Disk* disk, LogEntry* entry, uint16_t mask) noexcept nogil:
+    apply(disk, entry, mask, disk.durable, disk.meta_durable, disk.chunk_durable)
+
+
+cdef inline void to_cache(Disk* disk, LogEntry* entry, uint16_t mask) noexcept nogil:
+    apply(disk, entry, mask, disk.cache, disk.meta_cache, disk.chunk_cache)
+
+
+cdef void reload_cache(Disk* disk) noexcept nogil:
+    memcpy(disk.cache, disk.durable, sizeof(disk.cache))
+    memcpy(disk.meta_cache, disk.meta_durable, META_BYTES)
+    memcpy(disk.chunk_cache, disk.chunk_durable, CHUNKS)
+
+
+cdef void disk_land(World* world, int index, uint16_t mask) noexcept nogil:
     cdef Disk* disk = &world.disk
     cdef LogEntry* entry = &disk.log[index]
     ensure(entry.kind != LOG_FREE and entry.order == 0, b"a write lands once")
     disk.landed += 1
     entry.order = disk.landed
     entry.mask = mask
-    apply(disk, entry, mask, disk.cache, disk.meta_cache, disk.chunk_cache)
+    to_cache(disk, entry, mask)
 
 
-cdef LogEntry* oldest(Disk* disk, uint64_t above, uint64_t up_to, bint with_lost) noexcept nogil:
+cdef LogEntry* oldest(Disk* disk, uint64_t above, uint64_t up_to) noexcept nogil:
     """The landed entry with the lowest order in (above, up_to]."""
     cdef LogEntry* found = NULL
     cdef LogEntry* entry
     cdef int i
     for i in range(MAX_LOG):
         entry = &disk.log[i]
-        if entry.kind == LOG_FREE or entry.order == 0 or entry.order > up_to:
-            continue
-        if entry.order <= above or (entry.lost and not with_lost):
+        if entry.kind == LOG_FREE or entry.order <= above or entry.order > up_to:
             continue
         if found == NULL or entry.order < found.order:
             found = entry
     return found
 
 
+# -- durability ----------------------------------------------------------------------------------
+
 cdef void disk_synced(World* world, uint64_t order) noexcept nogil:
     cdef Disk* disk = &world.disk
-    cdef LogEntry* entry = oldest(disk, 0, order, False)
+    cdef LogEntry* entry = oldest(disk, 0, order)
     while entry != NULL:
-        apply(disk, entry, entry.mask, disk.durable, disk.meta_durable, disk.chunk_durable)
+        to_medium(disk, entry, entry.mask)
         disk_forget(world, <int>(entry - disk.log))
-        entry = oldest(disk, 0, order, False)
+        entry = oldest(disk, 0, order)
+
+
+cdef void disk_dsync(World* world, int index) noexcept nogil:
+    """Older writes to these cells cannot come back: their parts leave the log."""
+    cdef Disk* disk = &world.disk
+    cdef LogEntry* entry = &disk.log[index]
+    cdef LogEntry* older
+    cdef uint32_t cell
+    cdef int i
+    to_medium(disk, entry, entry.mask)
+    for i in range(MAX_LOG):
+        older = &disk.log[i]
+        if older.kind != LOG_DATA or older.order == 0 or older.order >= entry.order:
+            continue
+        for cell in range(entry.first, <uint32_t>(entry.first + entry.count)):
+            if older.first <= cell < <uint32_t>(older.first + older.count):
+                older.mask &= <uint16_t>~(1 << (cell - older.first))
+    disk_forget(world, index)
 
 
 cdef void disk_sync_failed(World* world, uint64_t order, int reporter) noexcept nogil:
+    """Half of it is dropped: some parts reached the medium first, the rest is in the cache alone."""
     cdef Disk* disk = &world.disk
-    cdef LogEntry* entry
+    cdef uint64_t above = 0
+    cdef LogEntry* entry = oldest(disk, above, order)
     cdef int i
-    for i in range(MAX_LOG):
-        entry = &disk.log[i]
-        if entry.kind != LOG_FREE and entry.order != 0 and entry.order <= order:
-            if next_random(world) & 1:
-                entry.lost = 1
+    while entry != NULL:
+        above = entry.order
+        if next_random(world) & 1:
+            to_medium(disk, entry, entry.mask & <uint16_t>next_random(world))
+            disk_forget(world, <int>(entry - disk.log))
+        entry = oldest(disk, above, order)
     for i in range(SYNC_FILES):
         if i != reporter:
             disk.error_pending[i] = 1
@@ -124,62 +164,79 @@ cdef void disk_sync_failed(World* world, uint64_t order, int reporter) noexcept 
 
 cdef void disk_evict(World* world) noexcept nogil:
     cdef Disk* disk = &world.disk
-    cdef LogEntry* entry
     cdef uint64_t order = 0
-    cdef int i
-    memcpy(disk.cache, disk.durable, sizeof(disk.cache))
-    memcpy(disk.meta_cache, disk.meta_durable, META_BYTES)
-    memcpy(disk.chunk_cache, disk.chunk_durable, CHUNKS)
-    for i in range(MAX_LOG):
-        if disk.log[i].lost:
-            disk.log[i].lost = 0
-            disk_forget(world, i)
-    entry = oldest(disk, order, disk.landed, False)
+    cdef LogEntry* entry
+    reload_cache(disk)
+    entry = oldest(disk, order, disk.landed)
     while entry != NULL:
-        apply(disk, entry, entry.mask, disk.cache, disk.meta_cache, disk.chunk_cache)
+        to_cache(disk, entry, entry.mask)
         order = entry.order
-        entry = oldest(disk, order, disk.landed, False)
+        entry = oldest(disk, order, disk.landed)
+
+
+# -- power loss ----------------------------------------------------------------------------------
+
+cdef void tear_slot(World* world, LogEntry* entry) noexcept nogil:
+    """Half a sector of the new slot, half of the old."""
+    cdef uint32_t cut = 8 * (1 + below(world, 62))
+    cdef uint8_t* sector = world.disk.meta_durable + entry.first * 512
+    if entry.payload == NO_PAYLOAD:
+        memset(sector, 0, cut)
+    else:
+        memcpy(sector, world.disk.meta_log[entry.payload], cut)
+    world.disk.torn_inside = 1
+
+
+cdef void take_part(World* world, LogEntry* entry) noexcept nogil:
+    """None of it, all of it, or any part of it."""
+    cdef uint32_t choice = below(world, 4)
+    if choice == 0:
+        return
+    if choice == 1:
+        to_medium(&world.disk, entry, entry.mask)
+    elif (choice == 2 and entry.kind == LOG_META and entry.first >= SLOT_SECTOR
+            and has(world, WITH_TORN_SLOTS)):
+        tear_slot(world, entry)
+    else:
+        to_medium(&world.disk, entry, entry.mask & <uint16_t>next_random(world))
 
 
 cdef void disk_power_loss(World* world, uint64_t subset, bint torn) noexcept nogil:
-    """Bit n of `subset`: the n-th write of the log is on the medium; torn: some of its parts are."""
     cdef Disk* disk = &world.disk
     cdef LogEntry* entry
     cdef uint64_t order = 0
     cdef int i, n = 0
-    # What was in flight lands in any order after the rest.
+    # What was in flight lands after the rest; no two writes in flight overlap.
     for i in range(MAX_LOG):
         if disk.log[i].kind != LOG_FREE and disk.log[i].order == 0:
             disk.landed += 1
             disk.log[i].order = disk.landed
-            disk.log[i].mask = 0xff
-    entry = oldest(disk, order, disk.landed, True)
+            disk.log[i].mask = WHOLE
+    entry = oldest(disk, order, disk.landed)
     while entry != NULL:
         order = entry.order
         if torn:
-            apply(disk, entry, entry.mask & <uint8_t>next_random(world), disk.durable,
-                  disk.meta_durable, disk.chunk_durable)
+            take_part(world, entry)
         elif (subset >> n) & 1:
-            apply(disk, entry, entry.mask, disk.durable, disk.meta_durable, disk.chunk_durable)
+            to_medium(disk, entry, entry.mask)
         n += 1
-        entry = oldest(disk, order, disk.landed, True)
+        entry = oldest(disk, order, disk.landed)
     for i in range(MAX_LOG):
         if disk.log[i].kind != LOG_FREE:
             disk_forget(world, i)
-    memcpy(disk.cache, disk.durable, sizeof(disk.cache))
-    memcpy(disk.meta_cache, disk.meta_durable, META_BYTES)
-    memcpy(disk.chunk_cache, disk.chunk_durable, CHUNKS)
+    reload_cache(disk)
     memset(disk.error_pending, 0, SYNC_FILES)
 
 
 cdef int disk_pending(World* world) noexcept nogil:
-    """Writes that a power loss may take or leave."""
     cdef int i, count = 0
     for i in range(MAX_LOG):
         if world.disk.log[i].kind != LOG_FREE:
             count += 1
     return count
 
+
+# -- what a state is known by --------------------------------------------------------------------
 
 cdef uint64_t mix(uint64_t hash_, const uint8_t* data, uint32_t length) noexcept nogil:
     """FNV-1a over 8 bytes at a time; `length` is a multiple of 8."""
@@ -192,9 +249,16 @@ cdef uint64_t mix(uint64_t hash_, const uint8_t* data, uint32_t length) noexcept
 
 
 cdef uint64_t disk_hash(World* world) noexcept nogil:
-    """What is durable, as a number."""
     cdef Disk* disk = &world.disk
     cdef uint64_t hash_ = <uint64_t>0xcbf29ce484222325
     hash_ = mix(hash_, <const uint8_t*>disk.durable, sizeof(disk.durable))
     hash_ = mix(hash_, disk.meta_durable, META_BYTES)
     return mix(hash_, disk.chunk_durable, CHUNKS)
+
+
+cdef uint64_t disk_cache_hash(World* world) noexcept nogil:
+    cdef Disk* disk = &world.disk
+    cdef uint64_t hash_ = disk_hash(world)
+    hash_ = mix(hash_, <const uint8_t*>disk.cache, sizeof(disk.cache))
+    hash_ = mix(hash_, disk.meta_cache, META_BYTES)
+    return mix(hash_, disk.chunk_cache, CHUNKS)

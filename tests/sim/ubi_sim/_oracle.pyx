@@ -1,14 +1,15 @@
 """The oracle; see _oracle.pxd."""
 
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memmove, memset
+from libc.errno cimport EOPNOTSUPP
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memmove, memset
 
 from ublk_ubi._atomic cimport ensure
-from ublk_ubi._core cimport OP_FLUSH, OP_READ, OP_WRITE
+from ublk_ubi._core cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES
 from ubi_sim._model cimport (
-    CELLS, CELL_BYTES, HOT_CELLS, IMAGE_VALUE, LATCH_BROKEN, MAX_CANDIDATES, MAX_DEPTH,
-    MAX_HISTORY, MAX_QUEUES, WRONG_DATA, WRONG_ERROR, CellHistory, GuestRequest, Oracle, Version,
-    World, violate,
+    ADOPTED_VALUE, CELL_BYTES, CELLS, HOT_CELLS, IMAGE_VALUE, LATCH_BROKEN, MAX_CANDIDATES,
+    MAX_DEPTH, MAX_HISTORY, MAX_QUEUES, WITH_ADOPTION, WRONG_DATA, WRONG_ERROR, CellHistory,
+    GuestRequest, Oracle, Version, World, cell_count, has, violate,
 )
 
 
@@ -16,10 +17,11 @@ cdef uint32_t written_value(uint32_t serial, uint32_t cell) noexcept nogil:
     return serial * CELLS + cell % CELLS
 
 
-cdef uint32_t first_value(World* world, uint32_t cell) noexcept nogil:
-    """What a cell holds before anybody writes it."""
+cdef uint32_t oracle_first_value(World* world, uint32_t cell) noexcept nogil:
     cdef uint32_t stripe = world.geometry.hot[cell // CELLS]
     cdef uint64_t offset = <uint64_t>stripe * (CELLS * CELL_BYTES) + cell % CELLS * CELL_BYTES
+    if has(world, WITH_ADOPTION) and (stripe % 3 == 1 or stripe >= world.geometry.image_stripes):
+        return ADOPTED_VALUE | cell
     return IMAGE_VALUE | cell if offset < world.geometry.image_bytes else 0
 
 
@@ -28,11 +30,12 @@ cdef void oracle_init(World* world) noexcept nogil:
     cdef Version* version
     cdef uint32_t cell
     memset(oracle, 0, sizeof(Oracle))
-    for cell in range(<uint32_t>(world.geometry.hot_count * CELLS)):
-        version = &oracle.cells[cell].versions[0]
+    for cell in range(<uint32_t>HOT_CELLS):
         oracle.cells[cell].count = 1
-        version.count = 1
-        version.candidates[0] = first_value(world, cell)
+        oracle.cells[cell].versions[0].count = 1
+    for cell in range(cell_count(world)):
+        version = &oracle.cells[cell].versions[0]
+        version.candidates[0] = oracle_first_value(world, cell)
 
 
 # -- a cell's past -------------------------------------------------------------------------------
@@ -58,14 +61,16 @@ cdef void add_value(uint32_t* values, uint8_t* count, uint32_t value) noexcept n
     count[0] += 1
 
 
+cdef void add_values(Version* into, const Version* other) noexcept nogil:
+    cdef uint8_t i
+    for i in range(other.count):
+        add_value(into.candidates, &into.count, other.candidates[i])
+
+
 cdef void merge_oldest(CellHistory* history) noexcept nogil:
     """Two oldest versions become one: both may come back after a power loss, either way."""
-    cdef Version* older = &history.versions[0]
-    cdef Version* newer = &history.versions[1]
-    cdef uint8_t i
-    for i in range(older.count):
-        add_value(newer.candidates, &newer.count, older.candidates[i])
-    memmove(older, newer, (history.count - 1) * sizeof(Version))
+    add_values(&history.versions[1], &history.versions[0])
+    memmove(&history.versions[0], &history.versions[1], (history.count - 1) * sizeof(Version))
     history.count -= 1
 
 
@@ -78,6 +83,14 @@ cdef Version* push(CellHistory* history, uint64_t clock) noexcept nogil:
     memset(version, 0, sizeof(Version))
     version.completed = clock
     return version
+
+
+cdef void push_unsure(CellHistory* history, uint64_t clock) noexcept nogil:
+    """The write in flight is there, or what was before."""
+    cdef Version before = current(history)[0]
+    cdef Version* version = push(history, clock)
+    add_value(version.candidates, &version.count, history.writing_value)
+    add_values(version, &before)
 
 
 cdef void drop_before(CellHistory* history, uint64_t clock) noexcept nogil:
@@ -93,7 +106,11 @@ cdef void drop_before(CellHistory* history, uint64_t clock) noexcept nogil:
         history.count -= <uint8_t>keep
 
 
-# -- requests ------------------------------------------------------------------------------------
+# -- sending -------------------------------------------------------------------------------------
+
+cdef inline bint is_write(uint8_t op) noexcept nogil:
+    return op == OP_WRITE or op == OP_DISCARD or op == OP_WRITE_ZEROES
+
 
 cdef bint oracle_may_write(World* world, uint32_t first, uint32_t count) noexcept nogil:
     cdef uint32_t cell
@@ -101,6 +118,12 @@ cdef bint oracle_may_write(World* world, uint32_t first, uint32_t count) noexcep
         if world.oracle.cells[cell].writing:
             return False
     return True
+
+
+cdef bint reads(const GuestRequest* guest, uint32_t cell) noexcept nogil:
+    """It is a read of this cell, in flight."""
+    return (guest.busy and guest.op == OP_READ and guest.first <= cell
+            and cell < <uint32_t>(guest.first + guest.count))
 
 
 cdef void allow_in_reads(World* world, uint32_t cell, uint32_t value) noexcept nogil:
@@ -111,7 +134,7 @@ cdef void allow_in_reads(World* world, uint32_t cell, uint32_t value) noexcept n
     for queue in range(MAX_QUEUES):
         for tag in range(MAX_DEPTH):
             guest = &world.guests[queue][tag]
-            if guest.busy and guest.op == OP_READ and guest.first <= cell < guest.first + guest.count:
+            if reads(guest, cell):
                 i = cell - guest.first
                 add_value(guest.legal[i], &guest.legal_count[i], value)
 
@@ -135,17 +158,47 @@ cdef void oracle_sent(World* world, GuestRequest* guest) noexcept nogil:
     cdef Oracle* oracle = &world.oracle
     cdef uint32_t cell
     oracle.clock += 1
-    guest.flush_start = oracle.clock
+    guest.sent = oracle.clock
     guest.busy = 1
     if guest.op == OP_READ:
         start_read(world, guest)
-    elif guest.op == OP_WRITE:
+    elif is_write(guest.op):
         oracle.serial += 1
         guest.serial = oracle.serial
         for cell in range(guest.first, <uint32_t>(guest.first + guest.count)):
             oracle.cells[cell].writing = 1
-            oracle.cells[cell].writing_value = written_value(guest.serial, cell)
+            oracle.cells[cell].writing_value = (
+                written_value(guest.serial, cell) if guest.op == OP_WRITE else 0)
             allow_in_reads(world, cell, oracle.cells[cell].writing_value)
+
+
+# -- completion ----------------------------------------------------------------------------------
+
+cdef bint comes_back(CellHistory* history, uint32_t value) noexcept nogil:
+    """After a failed fdatasync dropped pages may leave the cache: older versions show again."""
+    cdef uint8_t i
+    for i in range(history.count):
+        if holds(history.versions[i].candidates, history.versions[i].count, value):
+            return True
+    return False
+
+
+cdef void settle_value(World* world, uint32_t cell, uint32_t value) noexcept nogil:
+    """A read has shown what the cell holds: those in flight, too, can show nothing else."""
+    cdef CellHistory* history = &world.oracle.cells[cell]
+    cdef Version* version = current(history)
+    cdef GuestRequest* guest
+    cdef int queue, tag
+    cdef uint32_t i
+    version.count = 1
+    version.candidates[0] = value
+    for queue in range(MAX_QUEUES):
+        for tag in range(MAX_DEPTH):
+            guest = &world.guests[queue][tag]
+            if reads(guest, cell) and guest.sent > version.completed:
+                i = cell - guest.first
+                guest.legal_count[i] = 1
+                guest.legal[i][0] = value
 
 
 cdef void end_read(World* world, GuestRequest* guest, const uint32_t* data) noexcept nogil:
@@ -161,107 +214,98 @@ cdef void end_read(World* world, GuestRequest* guest, const uint32_t* data) noex
                 continue
             violate(world, WRONG_DATA, guest.first + i, data[i],
                     guest.legal[i][0], guest.legal_count[i])
-        elif (version.count > 1 and not history.writing and version.completed < guest.flush_start
+        elif (version.count > 1 and not history.writing and version.completed < guest.sent
                 and holds(version.candidates, version.count, data[i])
                 and not world.oracle.sync_failed):
-            version.count = 1
-            version.candidates[0] = data[i]
-
-
-cdef bint comes_back(CellHistory* history, uint32_t value) noexcept nogil:
-    """After a failed fdatasync dropped pages may leave the cache: older versions show again."""
-    cdef uint8_t i
-    for i in range(history.count):
-        if holds(history.versions[i].candidates, history.versions[i].count, value):
-            return True
-    return False
+            settle_value(world, guest.first + i, data[i])
 
 
 cdef void end_write(World* world, GuestRequest* guest, int32_t result) noexcept nogil:
     cdef Oracle* oracle = &world.oracle
     cdef CellHistory* history
     cdef Version* version
-    cdef Version* before
     cdef uint32_t cell
-    cdef uint8_t i
     oracle.clock += 1
     for cell in range(guest.first, <uint32_t>(guest.first + guest.count)):
         history = &oracle.cells[cell]
         history.writing = 0
+        if result == -EOPNOTSUPP and guest.op != OP_WRITE:
+            continue
+        if result < 0 or guest.op == OP_DISCARD:
+            push_unsure(history, oracle.clock)
+            continue
         version = push(history, oracle.clock)
         add_value(version.candidates, &version.count, history.writing_value)
-        if result < 0:
-            # Any part of it may have reached the base.
-            before = version - 1
-            for i in range(before.count):
-                add_value(version.candidates, &version.count, before.candidates[i])
-        elif guest.fua:
+        if guest.fua:
             drop_before(history, oracle.clock + 1)
+
+
+cdef void check_result(World* world, const GuestRequest* guest, int32_t result) noexcept nogil:
+    cdef Oracle* oracle = &world.oracle
+    cdef bint durable = guest.op == OP_FLUSH or guest.fua
+    if result >= 0:
+        if oracle.sync_failed and durable and guest.sent > oracle.sync_failed:
+            violate(world, LATCH_BROKEN, guest.op, guest.first, guest.count, 0)
+        return
+    if result == -EOPNOTSUPP and (guest.op == OP_DISCARD or guest.op == OP_WRITE_ZEROES):
+        return
+    if guest.sent > oracle.fault_clock and not (oracle.sync_failed and durable):
+        violate(world, WRONG_ERROR, guest.op, <uint32_t>-result, guest.first, guest.count)
 
 
 cdef void oracle_completed(World* world, GuestRequest* guest, int32_t result,
                            const uint32_t* data) noexcept nogil:
-    cdef Oracle* oracle = &world.oracle
     cdef uint32_t cell
     ensure(guest.busy, b"a request completes once")
     guest.busy = 0
-    if result < 0 and not oracle.fault_seen:
-        violate(world, WRONG_ERROR, guest.op, <uint32_t>-result, guest.first, guest.count)
-    if result >= 0 and oracle.sync_failed and (guest.op == OP_FLUSH or guest.fua):
-        violate(world, LATCH_BROKEN, guest.op, guest.first, guest.count, 0)
-    if guest.op == OP_WRITE:
+    check_result(world, guest, result)
+    if is_write(guest.op):
         end_write(world, guest, result)
     elif result < 0:
         return
     elif guest.op == OP_READ:
         end_read(world, guest, data)
     else:
-        for cell in range(<uint32_t>(world.geometry.hot_count * CELLS)):
-            drop_before(&oracle.cells[cell], guest.flush_start)
+        for cell in range(cell_count(world)):
+            drop_before(&world.oracle.cells[cell], guest.sent)
 
 
 # -- crashes -------------------------------------------------------------------------------------
 
 cdef void oracle_process_crash(World* world) noexcept nogil:
     cdef Oracle* oracle = &world.oracle
-    cdef CellHistory* history
-    cdef Version* version
-    cdef Version before
     cdef uint32_t cell
-    cdef uint8_t i
     oracle.clock += 1
-    for cell in range(<uint32_t>(world.geometry.hot_count * CELLS)):
-        history = &oracle.cells[cell]
-        if not history.writing:
-            continue
-        history.writing = 0
-        before = current(history)[0]
-        version = push(history, oracle.clock)
-        add_value(version.candidates, &version.count, history.writing_value)
-        for i in range(before.count):
-            add_value(version.candidates, &version.count, before.candidates[i])
+    for cell in range(cell_count(world)):
+        if oracle.cells[cell].writing:
+            oracle.cells[cell].writing = 0
+            push_unsure(&oracle.cells[cell], oracle.clock)
     memset(world.guests, 0, sizeof(world.guests))
 
 
 cdef void oracle_power_loss(World* world) noexcept nogil:
-    cdef Oracle* oracle = &world.oracle
     cdef CellHistory* history
     cdef uint32_t cell
     oracle_process_crash(world)
-    for cell in range(<uint32_t>(world.geometry.hot_count * CELLS)):
-        history = &oracle.cells[cell]
+    for cell in range(cell_count(world)):
+        history = &world.oracle.cells[cell]
         while history.count > 1:
             merge_oldest(history)
     # What is read from now on is on the medium, or was dropped for good.
-    oracle.sync_failed = 0
+    world.oracle.sync_failed = 0
+
+
+cdef void oracle_fault(World* world) noexcept nogil:
+    world.oracle.fault_clock = world.oracle.clock
 
 
 cdef void oracle_sync_failed(World* world) noexcept nogil:
-    world.oracle.sync_failed = 1
+    if not world.oracle.sync_failed:
+        world.oracle.sync_failed = world.oracle.clock
 
 
 cdef void oracle_clean_stop(World* world) noexcept nogil:
     cdef uint32_t cell
     world.oracle.clock += 1
-    for cell in range(<uint32_t>(world.geometry.hot_count * CELLS)):
+    for cell in range(cell_count(world)):
         drop_before(&world.oracle.cells[cell], world.oracle.clock)

@@ -1,0 +1,252 @@
+"""Events in random order; see _events.pxd."""
+
+from libc.stdint cimport uint16_t, uint32_t
+from libc.string cimport memset
+
+from ublk_ubi._core cimport (
+    EVENT_TICK, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES,
+)
+from ubi_sim._disk cimport disk_evict
+from ubi_sim._io cimport io_fault, io_land
+from ubi_sim._machine cimport (
+    machine_check_idle, machine_complete, machine_hydrator_event, machine_request,
+    machine_take_mail,
+)
+from ubi_sim._model cimport (
+    BUG_LOST_DOORBELL, CELLS, HANG, MAX_DEPTH, MAX_IO, MAX_QUEUES, OWNER_NOBODY, WITH_ZEROING,
+    GuestRequest, Mailbox, World, below, boundary, halted, has, next_random, one_in, violate,
+)
+from ubi_sim._oracle cimport oracle_may_write, oracle_sent
+from ubi_sim._trace cimport trace_number, trace_text
+
+
+# -- requests ------------------------------------------------------------------------------------
+
+cdef uint32_t cells_of(const World* world, uint32_t hot) noexcept nogil:
+    """Cells of a hot stripe: the device may end inside its last."""
+    return world.geometry.last_cells if hot + 1 == world.geometry.hot_count else CELLS
+
+
+cdef void draw_request(World* world, GuestRequest* guest) noexcept nogil:
+    """READ, WRITE, FLUSH and, where the world has them, DISCARD and WRITE_ZEROES."""
+    cdef uint32_t choice = below(world, 16)
+    cdef uint32_t zeroing = below(world, 12)
+    cdef uint32_t stripe = below(world, world.geometry.hot_count)
+    cdef uint32_t cells, shape
+    memset(guest, 0, sizeof(GuestRequest))
+    if choice < 3:
+        guest.op = OP_FLUSH
+        return
+    guest.op = OP_READ if choice < 7 else OP_WRITE
+    if zeroing < 2 and has(world, WITH_ZEROING):
+        guest.op = OP_DISCARD if zeroing else OP_WRITE_ZEROES
+    guest.fua = guest.op == OP_WRITE and one_in(world, 4)
+    if one_in(world, 2):
+        stripe = world.pace.focus
+    cells = cells_of(world, stripe)
+    shape = below(world, 6)
+    guest.first = <uint16_t>(stripe * CELLS)
+    guest.count = <uint16_t>cells
+    if shape < 2:
+        return
+    # Ends of stripes more often than not.
+    guest.count = <uint16_t>(1 + below(world, 3))
+    if guest.count > cells:
+        guest.count = <uint16_t>cells
+    if shape == 2:
+        guest.first += <uint16_t>below(world, cells - guest.count + 1)
+    elif shape > 3:
+        guest.first += <uint16_t>(cells - guest.count)
+
+
+cdef bint send_request(World* world) noexcept nogil:
+    """A request on a free tag, aimed at few cells; False when there is no tag or no legal one."""
+    cdef uint16_t queue = <uint16_t>below(world, world.geometry.queues)
+    cdef uint16_t tag = <uint16_t>below(world, world.geometry.depth)
+    cdef GuestRequest* guest = &world.guests[queue][tag]
+    cdef bint skipped
+    if guest.busy:
+        return False
+    draw_request(world, guest)
+    if (guest.op != OP_READ and guest.op != OP_FLUSH
+            and not oracle_may_write(world, guest.first, guest.count)):
+        return False
+    skipped = world.requests_drawn < 64 and (world.skipped >> world.requests_drawn) & 1
+    world.requests_drawn += 1
+    world.requests_left -= 1
+    if not skipped:
+        oracle_sent(world, guest)
+        machine_request(world, queue, tag)
+    return True
+
+
+cdef void reissue_all(World* world) noexcept nogil:
+    cdef uint16_t queue, tag
+    for queue in range(MAX_QUEUES):
+        for tag in range(MAX_DEPTH):
+            if world.guests[queue][tag].busy and not halted(world):
+                if world.trace != NULL:
+                    trace_text(world, b"the kernel sends again:")
+                machine_request(world, queue, tag)
+
+
+# -- completions, mail, time ---------------------------------------------------------------------
+
+cdef int pick_io(World* world) noexcept nogil:
+    """A random I/O in flight, or −1."""
+    cdef int chosen = -1
+    cdef int i, seen = 0
+    for i in range(MAX_IO):
+        if world.io[i].busy:
+            seen += 1
+            if one_in(world, seen):
+                chosen = i
+    return chosen
+
+
+cdef bint complete_some(World* world) noexcept nogil:
+    """End a random I/O in flight, or let it land."""
+    cdef int chosen = pick_io(world)
+    if chosen >= 0 and world.io[chosen].action.kind == world.pace.slow and one_in(world, 2):
+        chosen = pick_io(world)
+    if chosen < 0:
+        return False
+    if one_in(world, 6):
+        io_land(world, chosen)
+    elif world.io[chosen].owner == OWNER_NOBODY:
+        machine_complete(world, chosen, 0)
+    else:
+        machine_complete(world, chosen, io_fault(world, world.io[chosen].action.kind))
+    return True
+
+
+cdef bint take_some_mail(World* world) noexcept nogil:
+    cdef int start = <int>below(world, 4)
+    cdef int i
+    for i in range(4):
+        if machine_take_mail(world, (start + i) & 3):
+            return True
+    return False
+
+
+cdef inline void look(Mailbox* box) noexcept nogil:
+    box.rung = box.head != box.tail
+
+
+cdef void tick(World* world) noexcept nogil:
+    """The hydrator's second passes; whoever waits looks into its mailbox."""
+    cdef int queue
+    if world.trace != NULL:
+        trace_text(world, b"a second passes")
+    machine_hydrator_event(world, EVENT_TICK)
+    if world.bug == BUG_LOST_DOORBELL or halted(world):
+        return
+    for queue in range(MAX_QUEUES):
+        look(&world.to_hydrator[queue])
+        look(&world.to_queue[queue])
+
+
+# -- one after the other -------------------------------------------------------------------------
+
+cdef bint time_passes(World* world) noexcept nogil:
+    """Mail whose doorbell was lost, the tick's commit: is there still something to come?"""
+    cdef int attempt
+    for attempt in range(2):
+        tick(world)
+        if halted(world):
+            return False
+        if complete_some(world) or take_some_mail(world):
+            return True
+    return False
+
+
+cdef bint send_some(World* world) noexcept nogil:
+    cdef int attempt
+    for attempt in range(16):
+        if send_request(world):
+            return True
+    return False
+
+
+cdef bint rare_event(World* world) noexcept nogil:
+    if one_in(world, 2):
+        tick(world)
+        return True
+    if not world.oracle.sync_failed:
+        return False
+    if world.trace != NULL:
+        trace_text(world, b"dropped pages leave the cache")
+    disk_evict(world)
+    return True
+
+
+cdef bint any_event(World* world, bint requests) noexcept nogil:
+    cdef uint32_t choice
+    boundary(world)
+    if halted(world):
+        return False
+    world.steps += 1
+    if world.budget == 0:
+        violate(world, HANG, world.steps, 0, 0, 0)
+        return False
+    world.budget -= 1
+    if one_in(world, 24) and rare_event(world):
+        return not halted(world)
+    choice = below(world, world.pace.mail + world.pace.io + world.pace.request)
+    requests = requests and world.requests_left > 0
+    if choice >= world.pace.mail + world.pace.io and requests and send_request(world):
+        return not halted(world)
+    if choice < world.pace.mail and take_some_mail(world):
+        return not halted(world)
+    if complete_some(world) or take_some_mail(world) or (requests and send_some(world)):
+        return not halted(world)
+    return time_passes(world) and not halted(world)
+
+
+cdef bint requests_open(const World* world) noexcept nogil:
+    cdef int queue, tag
+    for queue in range(MAX_QUEUES):
+        for tag in range(MAX_DEPTH):
+            if world.guests[queue][tag].busy:
+                return True
+    return False
+
+
+cdef void serve(World* world) noexcept nogil:
+    while world.requests_left > 0 and any_event(world, True):
+        pass
+
+
+cdef void answer_all(World* world) noexcept nogil:
+    while requests_open(world) and any_event(world, False):
+        pass
+    if not halted(world) and requests_open(world):
+        violate(world, HANG, 0, 0, 0, 0)
+
+
+cdef void settle(World* world) noexcept nogil:
+    answer_all(world)
+    world.quiet = 1
+    while any_event(world, False):
+        pass
+    if not halted(world):
+        machine_check_idle(world)
+
+
+cdef void read_all(World* world) noexcept nogil:
+    cdef GuestRequest* guest = &world.guests[0][0]
+    cdef int pass_
+    cdef uint16_t i
+    if world.trace != NULL:
+        trace_number(world, b"all %llu stripes are read, twice", world.geometry.hot_count)
+    for pass_ in range(2):
+        for i in range(world.geometry.hot_count):
+            if halted(world) or guest.busy:
+                return
+            memset(guest, 0, sizeof(GuestRequest))
+            guest.op = OP_READ
+            guest.first = <uint16_t>(i * CELLS)
+            guest.count = <uint16_t>cells_of(world, i)
+            oracle_sent(world, guest)
+            machine_request(world, 0, 0)
+            answer_all(world)
