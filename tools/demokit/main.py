@@ -65,7 +65,10 @@ def tell(image: Path, staging: Path, files: int) -> int:
             return subprocess.run([*story, work], env=environment, check=False).returncode
     print("This machine's kernel has no ublk; in the lab, a user-mode kernel that has:", flush=True)
     disk = 2 * image.stat().st_size + SPARE
-    inside = "mkfs.ext4 -q /dev/ubda && mkdir -p /mnt/demo && mount /dev/ubda /mnt/demo && exec \"$@\""
+    inside = (
+        "mkfs.ext4 -q /dev/ubda && mkdir -p /mnt/demo && mount /dev/ubda /mnt/demo && "
+        'exec "$@"'
+    )
     return subprocess.run(
         [str(ROOT / "tools/lab"), "--disk", str(disk), "--timeout", "900", "--",
          "sh", "-c", inside, "sh", *story, "/mnt/demo"],

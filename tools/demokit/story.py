@@ -18,7 +18,7 @@ CLI = [sys.executable, "-m", "ublk_ubi"]
 COLOUR = sys.stdout.isatty()
 
 
-class Broken(Exception):
+class Broken(Exception):  # noqa: N818 - a finding
     """Something does not hold."""
 
 
@@ -80,7 +80,7 @@ def status() -> dict:
 
 
 def tell(image: Path, staging: Path, files: int, work: Path) -> None:
-    """The whole story; raises Broken at the first thing that does not hold."""
+    """Tell the whole story; raises Broken at the first thing that does not hold."""
     base, copy, mounted = work / "base", work / "copy", work / "mounted"
     mounted.mkdir()
     before = digest(image)
