@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import site
@@ -26,7 +27,7 @@ from ublk_ubi import runtime
 from ublk_ubi.errors import Exit, UbiError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from ublk_ubi.options import DeviceOptions
 
@@ -35,6 +36,8 @@ STOP_WAIT_S = 10.0
 _END_WAIT_S = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LOG_TAIL = 4096
+_LOG_TIME = re.compile(r"^[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9:]{8} ")
+_PATIENCE_MS = 500
 
 
 class Ready(msgspec.Struct, kw_only=True):
@@ -58,11 +61,12 @@ def daemon_command() -> list[str]:
     return [sys.executable, "-P", "-m", "ublk_ubi.daemon"]
 
 
-def start_daemon(options: DeviceOptions) -> Ready:
+def start_daemon(options: DeviceOptions, notice: Callable[[str], None] | None = None) -> Ready:
     """Start a daemon for `options` and wait for its device.
 
-    Raises UbiError: the daemon's own reason, or how it died. On SIGINT, SIGTERM or SIGHUP the
-    daemon is ended, and UbiError says so.
+    `notice` hears what the daemon logs when the wait gets long: what it waits for. Raises
+    UbiError: the daemon's own reason, or how it died. On SIGINT, SIGTERM or SIGHUP the daemon is
+    ended, and UbiError says so.
     """
     log_fd = runtime.open_log()
     try:
@@ -70,7 +74,8 @@ def start_daemon(options: DeviceOptions) -> Ready:
         try:
             with _signals_as_bytes() as signal_fd:
                 process = _spawn(options, log_fd, their_ready_fd)
-                line = _wait_for_line(ready_fd, signal_fd, process)
+                told = _Told(log_fd, notice)
+                line = _wait_for_line(ready_fd, signal_fd, process, told)
         finally:
             os.close(ready_fd)
         return _judge(line, process, log_fd)
@@ -113,14 +118,36 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _wait_for_line(ready_fd: int, signal_fd: int, process: subprocess.Popen[bytes]) -> bytes:
+class _Told:
+    """Passes a log's new lines on, without their time."""
+
+    def __init__(self, log_fd: int, notice: Callable[[str], None] | None) -> None:
+        self._fd = log_fd
+        self._notice = notice
+        self._position = 0
+
+    def pass_on(self) -> None:
+        """Tell whole lines that were not told yet."""
+        text = os.pread(self._fd, _LOG_TAIL, self._position) if self._notice else b""
+        for line in text[: text.rfind(b"\n") + 1].splitlines(keepends=True):
+            self._position += len(line)
+            if self._notice and line.strip():
+                self._notice(_LOG_TIME.sub("", line.decode(errors="replace").strip()))
+
+
+def _wait_for_line(
+    ready_fd: int, signal_fd: int, process: subprocess.Popen[bytes], told: _Told,
+) -> bytes:
     """Read up to the end of the first line or of the pipe; a signal ends daemon and wait."""
     line = b""
     poll = select.poll()
     poll.register(ready_fd, select.POLLIN)
     poll.register(signal_fd, select.POLLIN)
     while b"\n" not in line and len(line) < MAX_ANSWER:
-        ready = {fd for fd, _ in poll.poll()}
+        ready = {fd for fd, _ in poll.poll(_PATIENCE_MS)}
+        if not ready:
+            told.pass_on()
+            continue
         if signal_fd in ready:
             number = os.read(signal_fd, 1)[0]
             _stop(process)

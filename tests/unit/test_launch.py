@@ -80,6 +80,20 @@ def test_what_the_daemon_gets(daemon, tmp_path: Path) -> None:
     assert (tmp_path / "log.done").read_text() == "on stdout\n"
 
 
+def test_what_it_waits_for_is_told_when_that_takes_long(daemon, monkeypatch) -> None:
+    monkeypatch.setattr(launch, "_PATIENCE_MS", 50)
+    daemon("""
+        print("2026-01-02 03:04:05 waiting for base /b\\n\\nmore", flush=True)
+        time.sleep(0.5)
+        print("half a line", end="", flush=True)
+        time.sleep(0.2)
+        ready(ok=True, name="vm")
+    """)
+    told: list[str] = []
+    assert launch.start_daemon(OPTIONS, told.append).name == "vm"
+    assert told == ["waiting for base /b", "more"]
+
+
 def test_refusal_with_its_exit_code(daemon) -> None:
     daemon('ready(ok=False, error="base /b is too small", exit=5); sys.exit(5)')
     failing("^base /b is too small$", Exit.BUSY)

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ublk_ubi.cli.common import UbiCommand, json_option, mode, print_json, say, size, warn
+from ublk_ubi.cli.common import (
+    UbiCommand,
+    json_option,
+    mode,
+    notice,
+    print_json,
+    say,
+    size,
+    warn,
+)
 from ublk_ubi.errors import Exit, UbiError
 
 if TYPE_CHECKING:
@@ -112,7 +121,8 @@ def command(
         return _run_here(options, as_json=as_json)
     from ublk_ubi.launch import start_daemon
 
-    _show(start_daemon(options), as_json=as_json)
+    # For people only: a script's log needs no news of a wait that ends well.
+    _show(start_daemon(options, notice if sys.stderr.isatty() else None), as_json=as_json)
     return Exit.OK
 
 

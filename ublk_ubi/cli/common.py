@@ -107,6 +107,11 @@ def warn(message: str) -> None:
     click.echo(f"ublk-ubi: warning: {one_line(message)}", err=True)
 
 
+def notice(message: str) -> None:
+    """Print on standard error what is going on."""
+    click.echo(f"ublk-ubi: {one_line(message)}", err=True)
+
+
 def one_line(text: str) -> str:
     """Make what others wrote (paths, messages) fit for one line of a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -10,7 +10,7 @@ from ublk_ubi.cli.common import UbiCommand, complete_name, json_option, one_line
 from ublk_ubi.errors import Exit, UbiError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator
 
     from ublk_ubi.runtime import Device
 
@@ -60,17 +60,15 @@ def command(
     deleted = []
     devices = _find(targets, errors, if_exists=if_exists)
 
-    def remove(device: Device) -> UbiError | None:
-        try:
-            removal.remove_device(device, force=force, timeout_s=timeout_s)
-        except UbiError as error:
-            return error
-        return None
+    def remove(device: Device) -> None:
+        removal.remove_device(device, force=force, timeout_s=timeout_s)
 
     for device, problem in zip(devices, _each(remove, devices), strict=True):
-        if problem is not None:
+        if isinstance(problem, UbiError):
             errors.append(problem)
             continue
+        if problem is not None:
+            raise problem
         deleted.append(device.name)
         if not as_json:
             say(f"{device.name} deleted")
@@ -83,16 +81,29 @@ def command(
     return Exit.OK
 
 
-def _each(
-    function: Callable[[Device], UbiError | None], devices: list[Device],
-) -> Iterable[UbiError | None]:
-    """Call a function for each device, several at once: most of stopping is waiting."""
-    if len(devices) == 1:
-        return [function(devices[0])]
-    from concurrent.futures import ThreadPoolExecutor
+def _each(function: Callable[[Device], None], devices: list[Device]) -> Iterator[Exception | None]:
+    """Call a function for each device, several at once: most of stopping is waiting.
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return pool.map(function, devices)
+    Yields what each raised, in order. The threads are daemons: a Ctrl-C waits for none of them.
+    """
+    import threading
+
+    outcomes: dict[str, Exception] = {}
+    places = threading.Semaphore(_AT_ONCE)
+
+    def work(device: Device) -> None:
+        with places:
+            try:
+                function(device)
+            except Exception as error:
+                outcomes[device.name] = error
+
+    threads = [threading.Thread(target=work, args=(device,), daemon=True) for device in devices]
+    for thread in threads:
+        thread.start()
+    for thread, device in zip(threads, devices, strict=True):
+        thread.join()
+        yield outcomes.get(device.name)
 
 
 def _find(
