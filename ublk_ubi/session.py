@@ -16,9 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import grp
 import os
-import pwd
 import select
 import time
 import uuid
@@ -30,6 +28,7 @@ from ublk_ubi._opener import Opener, Refused
 from ublk_ubi.abi import Feature
 from ublk_ubi.base import Base, open_base
 from ublk_ubi.bounds import required_block_size
+from ublk_ubi.config import resolve_owner
 from ublk_ubi.control import Control, ControlError, ControlTimeout
 from ublk_ubi.device_params import AddParams, DeviceParams
 from ublk_ubi.errors import Exit, UbiError
@@ -218,8 +217,8 @@ class Session(TableHost):
 
     def _set_owner(self, path: str) -> None:
         try:
-            uid, gid = owner_ids(self.options.owner)
-            os.chown(path, uid, gid)
+            if self.options.owner is not None:
+                os.chown(path, *resolve_owner(self.options.owner))
             os.chmod(path, self.options.mode)
         except OSError as error:
             raise UbiError(f"{path}: its owner or mode cannot be set: {error.strerror}") from None
@@ -528,19 +527,6 @@ class Session(TableHost):
             **self.plane.counters(),
             "uptime_s": round(time.monotonic() - self.started_at, 3),
         }
-
-
-def owner_ids(owner: str | None) -> tuple[int, int]:
-    """Return uid and gid of "USER", "USER:GROUP" or ":GROUP", names or numbers; −1: as it is."""
-    if not owner:
-        return -1, -1
-    user, _, group = owner.partition(":")
-    try:
-        uid = -1 if not user else int(user) if user.isdigit() else pwd.getpwnam(user).pw_uid
-        gid = -1 if not group else int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
-    except KeyError as error:
-        raise UbiError(f"--owner {owner}: {error.args[0]}", Exit.USAGE) from None
-    return uid, gid
 
 
 def open_patiently(path: str) -> int:
