@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What tools/test and tools/demo stand on. To be sourced by bash, from anywhere:
 #
 #     . "$(dirname "$0")/setup.sh"
@@ -74,7 +75,9 @@ install_packages() {
     local packages
     packages=$(missing_packages | xargs)
     [[ -n $packages ]] || return 0
-    [[ $(id -u) == 0 ]] && type -P apt-get >/dev/null || die "missing: apt-get install $packages"
+    if [[ $(id -u) != 0 ]] || ! type -P apt-get >/dev/null; then
+        die "missing: apt-get install $packages"
+    fi
     say "installing $packages"
     export DEBIAN_FRONTEND=noninteractive
     logged apt.log apt-get -o DPkg::Lock::Timeout=300 update

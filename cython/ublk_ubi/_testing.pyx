@@ -114,6 +114,7 @@ cdef dict NAMES = {
     "HOST_ZERO_TAIL": _lifecycle.HOST_ZERO_TAIL, "HOST_CREATED": _lifecycle.HOST_CREATED,
     "HOST_DROP_TABLE": _lifecycle.HOST_DROP_TABLE, "HOST_MAKE_TABLE": _lifecycle.HOST_MAKE_TABLE,
     "HOST_MAP_TABLE": _lifecycle.HOST_MAP_TABLE,
+    "HOST_LATCH_TABLE": _lifecycle.HOST_LATCH_TABLE,
     "HOST_PUBLISH_TABLE": _lifecycle.HOST_PUBLISH_TABLE,
     "HOST_UNLINK_TABLE": _lifecycle.HOST_UNLINK_TABLE,
     "TABLE_NONE": _lifecycle.TABLE_NONE, "TABLE_FOUND": _lifecycle.TABLE_FOUND,
@@ -437,11 +438,12 @@ cdef class LifecycleSteps:
     def states(self):
         """State bytes and the count of undurable stripes, once it is open."""
         cdef _core.Shared shared
-        cdef uint8_t[::1] states = array("B", bytes(self.lifecycle.image_stripes))
+        cdef uint32_t count = self.lifecycle.image_stripes
+        cdef uint8_t[::1] states = array("B", bytes(max(1, count)))[:]
         memset(&shared, 0, sizeof(shared))
         shared.state = &states[0]
         lifecycle_states(&self.lifecycle, &shared)
-        return bytes(states), shared.undurable
+        return bytes(states[:count]), shared.undurable
 
     @property
     def identity(self):

@@ -185,3 +185,23 @@ def test_a_disk_that_fails_its_flushes(
     assert read(device, KEPT) == b"k" * BLOCK
     flush(device)
     device.stop()
+
+
+def test_a_failure_at_the_opening_is_not_forgotten(
+    ubi: Ubi, image: Image, base: ServedDisk, device: Device,
+) -> None:
+    """What a killed daemon wrote may be lost with it, and no later fdatasync would tell."""
+    base.fail(lambda request: request.is_metadata_write)
+    write(device, LOST, b"l" * BLOCK)
+    device.kill()
+    base.fail(lambda request: request.kind == FLUSH)
+    committed = base.metadata
+    assert base.path in ubi.refused(image, base.path, code=1, name=device.name)
+    base.heal()
+    assert "--force-stale" in ubi.refused(image, base.path, code=3, name=device.name)
+    assert base.metadata == committed
+    device.start(force_stale=True)
+    assert read(device, KEPT) == b"k" * BLOCK
+    assert read(device, LOST) == image.content[LOST : LOST + BLOCK]
+    flush(device)
+    device.stop()

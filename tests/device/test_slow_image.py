@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from support.images import Image
     from support.mapper import Mapper
     from support.served import ServedDisk
-    from support.stores import Stores
     from support.undo import Undo
 
 MIB = 1 << 20
@@ -51,8 +50,7 @@ def slow_stripe(number: int) -> int:
 
 
 def test_hot_io_completes_while_a_cold_read_is_delayed(
-    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str], stores: Stores,
-    mapper: Mapper,
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str], mapper: Mapper,
 ) -> None:
     image = make_image(4 * MIB, on="loop")
     slow = mapper.map(image.path)

@@ -214,8 +214,20 @@ class Device:
             if self.live and not fell:
                 print(f"{self.name} at the end: {json.dumps(self.status())}")
         print(f"{self.name}, its log:\n{log}")
+        table = self._table()
         Running(["del", self.name, "--force", "--if-exists"]).checked()
+        if table is not None and not self.live:
+            # Of a daemon that a test has killed: it is kept, for writes that nobody wants any more.
+            table.unlink(missing_ok=True)
         assert not fell, f"the daemon of {self.name} ended by itself: {log[-2000:]}"
+
+    def _table(self) -> Path | None:
+        """The file that tells, until the disk is opened again, what the base has."""
+        try:
+            state = json.loads((RUN_ROOT / self.name / "state.json").read_bytes())
+        except (OSError, ValueError):
+            return None
+        return Path(state["table"]) if state.get("table") else None
 
     def log(self) -> str:
         """The daemon's log as far as there is one."""

@@ -260,6 +260,9 @@ class Opening:
         assert self.uuid not in self.tables.published
         self.tables.published[self.uuid] = self.tables.temporary.pop(self.uuid)
 
+    def _latch_table(self) -> None:
+        self.tables.published[self.uuid].identity["latch"] = self.steps.errno_
+
     def _unlink_table(self) -> None:
         del self.tables.published[self.uuid]
 

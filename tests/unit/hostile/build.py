@@ -1,7 +1,7 @@
 """The extension modules that hostile bytes reach, built with sanitizers by setup.py's own switch.
 
-A build is a copy of what setup.py needs, so that neither the modules in the checkout nor the C files
-beside their sources are touched. It is made anew when a source or the recipe has changed.
+A build is a copy of what setup.py needs, so that neither the modules in the checkout nor the C
+files beside their sources are touched. What has changed is compiled anew.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run(folder: Path, program: str, *words: str, timeout_s: float = 120.0) -> tu
         "PYTHONMALLOC": "malloc",
         "PYTHONPATH": f"{folder}:{ROOT / 'tests'}",
         "PYTHONDONTWRITEBYTECODE": "1",
-        "ASAN_OPTIONS": f"detect_leaks=0:abort_on_error=0:exitcode={SANITIZER_STATUS}:quarantine_size_mb=32",
+        "ASAN_OPTIONS": f"detect_leaks=0:exitcode={SANITIZER_STATUS}:quarantine_size_mb=32",
         "UBSAN_OPTIONS": f"halt_on_error=1:print_stacktrace=1:exitcode={SANITIZER_STATUS}",
     }
     path = Path(__file__).parent / f"{program}.py"
@@ -77,7 +77,9 @@ def run(folder: Path, program: str, *words: str, timeout_s: float = 120.0) -> tu
     return done.returncode, (done.stdout + done.stderr)[-MAX_REPORT:]
 
 
-def _made(name: str, sanitizers: str, modules: tuple[str, ...], change: Change | None) -> list[Path]:
+def _made(
+    name: str, sanitizers: str, modules: tuple[str, ...], change: Change | None,
+) -> list[Path]:
     """Run setup.py in a copy of what it needs; it compiles what has changed."""
     folder = BUILDS / name
     sources = _sources(modules)

@@ -12,11 +12,10 @@ import os
 import sys
 from types import SimpleNamespace
 
-from unit.hostile import layout, mutate, report, rules, tables
-from unit.hostile.rules import Table
-
 from hypothesis import given
 from hypothesis import strategies as st
+from unit.hostile import layout, mutate, report, rules, tables
+from unit.hostile.rules import Table
 
 from ublk_ubi._opener import REFUSALS, Opener, Refused
 from ublk_ubi.errors import UbiError
@@ -28,7 +27,9 @@ last = report.Last()
 FOLDER = sys.argv[2]
 BASE = os.path.join(FOLDER, "base")
 HERE = boot_id()
-EXAMPLES = {"closed": 6, "open here": 14, "open elsewhere": 3, "bdev_ubi": 4, "cut short": 1, "noise": 1}
+EXAMPLES = {
+    "closed": 6, "open here": 14, "open elsewhere": 3, "bdev_ubi": 4, "cut short": 1, "noise": 1,
+}
 
 
 class Host(TableHost):
@@ -74,7 +75,8 @@ class Scene:
         self.undo.callback(self.remove, path)
         if table.state != "live" and ("live", 0, b"") not in changes:
             return tables.unpack(data, HERE)
-        holder = self.undo.enter_context(open(path, "rb"))
+        holder = os.open(path, os.O_RDONLY)
+        self.undo.callback(os.close, holder)
         fcntl.flock(holder, fcntl.LOCK_EX)
         return Table("live")
 

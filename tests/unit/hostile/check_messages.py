@@ -17,11 +17,10 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
-from unit.hostile import report
-
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
+from unit.hostile import report
 
 from ublk_ubi import rpc
 from ublk_ubi.errors import UbiError
@@ -42,7 +41,8 @@ IDS = st.one_of(
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
     max_leaves=8,
 )
 PARAMS = st.one_of(
@@ -54,7 +54,8 @@ PARAMS = st.one_of(
 @st.composite
 def requests(draw: st.DrawFn) -> bytes:
     """A request: right, nearly right, or of another kind."""
-    request: dict[str, Any] = {"jsonrpc": "2.0", "id": 7, "method": "stop", "params": {"force": True}}
+    request: dict[str, Any] = {"jsonrpc": "2.0", "id": 7, "method": "stop"}
+    request["params"] = {"force": True}
     changed = draw(st.sampled_from(["nothing", "nothing", "id", "method", "params", "more", "two"]))
     if changed in ("id", "two"):
         request["id"] = draw(IDS)

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from array import array
 
+from hypothesis import given
+from ublk_ubi._testing import LifecycleSteps
 from unit.hostile import layout, mutate, report, rules
 from unit.hostile.layout import Disk
 from unit.hostile.rules import Asked, Table
 
-from hypothesis import given
-
 from ublk_ubi import _testing, metadata
 from ublk_ubi._opener import REFUSALS
-from ublk_ubi._testing import LifecycleSteps
 
 STATES = {"none": _testing.TABLE_NONE, "found": _testing.TABLE_FOUND, "live": _testing.TABLE_LIVE,
           "damaged": _testing.TABLE_DAMAGED}
 MEMORY_UNIT = {_testing.MEM_PAGE: layout.BLOCK, _testing.MEM_SCRATCH: 1}
 
 last = report.Last()
+
+
+def exactly(rows: bytes) -> array[int]:
+    """Memory that ends where the rows do: a slice's does, a bytearray's has a byte more."""
+    return array("B", rows)[:]
 
 
 class Host:
@@ -36,8 +40,8 @@ class Host:
         self.writes: list[tuple[int, int]] = []
         self.rows = array("B")
         self.creates = False
-        asked = case.asked
-        self.steps = LifecycleSteps(**{name: getattr(asked, name) for name in Asked.__annotations__})
+        options = {name: getattr(case.asked, name) for name in Asked.__annotations__}
+        self.steps = LifecycleSteps(**options)
 
     def run(self, kind: int) -> None:
         """Step until the engine asks for nothing more."""
@@ -73,10 +77,10 @@ class Host:
                 STATES[self.case.temporary.state], self.identity(self.case.temporary),
             )
         elif message == _testing.HOST_MAKE_TABLE:
-            self.rows = array("B", bytes(self.steps.identity["image_stripes"]))
+            self.rows = exactly(bytes(self.steps.identity["image_stripes"]))
             self.steps.set_table(self.rows)
         elif message == _testing.HOST_MAP_TABLE:
-            self.rows = array("B", self.table.rows)
+            self.rows = exactly(self.table.rows)
             self.steps.set_table(self.rows)
 
     def identity(self, table: Table) -> dict[str, object] | None:

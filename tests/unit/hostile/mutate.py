@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
-
 from unit.hostile import layout, rules
 from unit.hostile.layout import Disk, Slot
 from unit.hostile.rules import Asked, Identity, Table
@@ -21,8 +20,9 @@ KINDS = {
 }
 OURS = ("closed", "open here", "open elsewhere")
 NUMBERS = st.sampled_from(
-    [0, 1, 2, 3, 4095, 4096, 65535, 65536, 1 << 20, 1 << 21, (1 << 31) - 1, 1 << 31, (1 << 32) - 1,
-     1 << 32, 1 << 43, 1 << 62, (1 << 63) - 2, (1 << 63) - 1, 1 << 63, (1 << 64) - 2, (1 << 64) - 1],
+    [0, 1, 2, 3, 4095, 4096, 65535, 65536, 1 << 20, 1 << 21, (1 << 31) - 1, 1 << 31,
+     (1 << 32) - 1, 1 << 32, 1 << 43, 1 << 62, (1 << 63) - 2, (1 << 63) - 1, 1 << 63,
+     (1 << 64) - 2, (1 << 64) - 1],
 )
 
 
@@ -134,7 +134,8 @@ def _after(case: Case, what: str, **fields: object) -> Case:
 def _bytes_change(draw: st.DrawFn, case: Case) -> Case:
     """Any bytes anywhere, mostly where it matters."""
     places = st.one_of(
-        st.integers(0, 16), st.integers(9, 1 << 13), st.integers(9, 1 << 13), st.integers(0, layout.METADATA - 24),
+        st.integers(0, 16), st.integers(9, 1 << 13), st.integers(9, 1 << 13),
+        st.integers(0, layout.METADATA - 24),
         st.builds(lambda slot, at: slot + at, st.sampled_from(layout.SLOTS), st.integers(0, 511)),
     )
     offset, data = draw(places), draw(st.binary(min_size=1, max_size=24))
@@ -176,7 +177,8 @@ def _slots_move(draw: st.DrawFn, case: Case) -> Case:
     index, way = draw(st.integers(0, 1)), draw(st.sampled_from(["zero", "copy", "torn"]))
     other = case.disk.slot(1 - index)
     cut = draw(st.integers(1, 511))
-    data = {"zero": bytes(512), "copy": other, "torn": other[:cut] + case.disk.slot(index)[cut:]}[way]
+    torn = other[:cut] + case.disk.slot(index)[cut:]
+    data = {"zero": bytes(512), "copy": other, "torn": torn}[way]
     disk = case.disk.copy()
     disk.write(layout.SLOTS[index], data)
     return _after(case, f"slot {index}: {way}", disk=disk)

@@ -6,7 +6,6 @@ import struct
 import zlib
 
 from hypothesis import strategies as st
-
 from unit.hostile.rules import Identity, Table
 
 HEADER = 4096
