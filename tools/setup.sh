@@ -98,11 +98,13 @@ raise SystemExit(kernel.find(kernel.cache_folder()) is None)'
 
 # The venv: what pyproject.toml names, the checkout as it is, the command.
 make_venv() {
-    local python=$1 stamp
-    stamp=$("$python" -V; cksum <pyproject.toml)
+    local python=$1 place stamp anew=()
+    place="$("$python" -V) $ROOT"
+    stamp="$place $(cksum <pyproject.toml)"
     [[ ! -x $PYTHON || $(cat "$VENV/stamp" 2>/dev/null) != "$stamp" ]] || return 0
     say "making .venv"
-    logged venv.log "$python" -m venv --upgrade "$VENV"
+    [[ $(cat "$VENV/stamp" 2>/dev/null) == "$place "* ]] || anew=(--clear)
+    logged venv.log "$python" -m venv "${anew[@]}" "$VENV"
     "$PYTHON" >build/requirements.txt <<-'LIST'
 	import tomllib
 	with open("pyproject.toml", "rb") as file:

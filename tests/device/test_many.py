@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 STRIPE = 64 << 10
-SIZE = 2 * MIB
+SIZE = MIB
 MANY = 16
 
 
@@ -53,13 +53,13 @@ def test_many_at_once(
 
     def use(number: int) -> None:
         device, mark = devices[number], bytes([number + 1])
-        write(device, number * STRIPE, mark * STRIPE)
-        write(device, (number + MANY) * STRIPE + BLOCK, mark * BLOCK)
+        whole, part = number * STRIPE, (number + 7) % MANY * STRIPE + BLOCK
+        write(device, whole, mark * STRIPE)
+        write(device, part, mark * BLOCK)
         flush(device)
         content = bytearray(images[number % 2].as_disk(SIZE))
-        content[number * STRIPE : (number + 1) * STRIPE] = mark * STRIPE
-        start = (number + MANY) * STRIPE + BLOCK
-        content[start : start + BLOCK] = mark * BLOCK
+        content[whole : whole + STRIPE] = mark * STRIPE
+        content[part : part + BLOCK] = mark * BLOCK
         assert_content(device.node, content, device.name)
 
     for done in [Background(lambda number=number: use(number)) for number in range(MANY)]:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Variant:
-    """What to build: changes to the engines; with `lines`, so that gcov counts the engines' lines."""
+    """What to build: changes to the engines; with `lines`, so that gcov counts the engines' lines."""  # noqa: E501
 
     changes: tuple[Change, ...] = ()
     lines: bool = False
@@ -61,7 +62,7 @@ def folder_of_builds() -> Path:
     return Path(os.environ.get("UBLK_UBI_SIM_BUILDS") or ROOT / "build" / "sim")
 
 
-def build(variant: Variant = Variant(), builds: Path | None = None) -> Build:  # noqa: B008
+def build(variant: Variant = Variant(), builds: Path | None = None) -> Build:  # noqa: B008, RUF100
     """Build what is not there yet. Raises ValueError for a change that fits nowhere."""
     builds = builds or folder_of_builds()
     shared = _shared_sources()
@@ -121,18 +122,26 @@ def _module(name: str, text: str, shared: dict[str, str], *, lines: bool, builds
     final = builds / "modules" / _key((name, text, flags, sys.version, sorted(needed.items())))
     if final.is_dir():
         return final
-    # Compilers write paths into what they make: build where it will be, then say that it is whole.
-    work = final.with_name(f".{final.name}.{os.getpid()}")
-    shutil.rmtree(work, ignore_errors=True)
+    work = _work_folder(final)
     for path, source in (*needed.items(), (f"{name}.pyx", text)):
         (work / path).parent.mkdir(parents=True, exist_ok=True)
         (work / path).write_text(source)
     _compile(work, name, flags, lines=lines)
+    _put_in_place(work, final)
+    return final
+
+
+def _work_folder(final: Path) -> Path:
+    """Make a folder of our own beside `final`."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=".", dir=final.parent))
+
+
+def _put_in_place(work: Path, final: Path) -> None:
     try:
         work.rename(final)
     except OSError:
-        shutil.rmtree(work)  # another process was faster
-    return final
+        shutil.rmtree(work)  # another was faster
 
 
 def _compile(work: Path, name: str, flags: tuple[str, ...], *, lines: bool) -> None:
@@ -149,17 +158,14 @@ def _compile(work: Path, name: str, flags: tuple[str, ...], *, lines: bool) -> N
 
 def _link(folder: Path, made: dict[str, Path]) -> None:
     """Make a variant's folder: packages of links to the modules."""
-    work = folder.with_name(f".{folder.name}.{os.getpid()}")
+    work = _work_folder(folder)
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     for name, module in made.items():
         link = work / f"{name}{suffix}"
         link.parent.mkdir(parents=True, exist_ok=True)
         (link.parent / "__init__.py").touch()
         link.symlink_to(module / f"{name}.so")
-    try:
-        work.rename(folder)
-    except OSError:
-        shutil.rmtree(work)
+    _put_in_place(work, folder)
 
 
 def _run(command: list[str], folder: Path) -> None:

@@ -54,11 +54,11 @@ class Kind(enum.IntEnum):
 class Plan:
     """A run of the simulator; the defaults are those of `tools/simulate --seeds`."""
 
-    requests: int = 12
+    requests: int = 22
     skipped: int = 0
     without: int = 0
     crash_one_in: int = 1
-    subsets: int = 3
+    subsets: int = 5
     only_boundary: int = -1
     only_branch: int = -1
     budget: int = 4000
@@ -67,6 +67,7 @@ class Plan:
     nth_for_good: bool = False
     nth_errno: int = 5
     small: bool = False
+    blind: bool = False
     bug: int = 0
 
     def but(self, **changes: int) -> Plan:

@@ -1,6 +1,5 @@
 """Opening, stopping, killing; see _daemon.pxd."""
 
-from libc.errno cimport ENOSPC
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -38,7 +37,7 @@ cdef int32_t call_host(World* world, uint8_t call) noexcept nogil:
         fault = io_fault(world, ACT_HOST)
     if fault < 0:
         oracle_fault(world)
-        return -ENOSPC
+        return fault
     return host_call(world, call)
 
 
@@ -188,7 +187,7 @@ cdef bint daemon_up(World* world) noexcept nogil:
     if not up_without_quiet(world):
         return False
     world.quiet = quiet
-    world.run_lost = 0
+    here(world).wiped = 0
     world.served = 1
     return True
 

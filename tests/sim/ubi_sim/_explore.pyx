@@ -64,7 +64,6 @@ cdef void lose_power(World* world, uint64_t subset, bint torn) noexcept nogil:
     memset(world.io, 0, sizeof(world.io))
     host_boot(world)
     world.accepted = 0
-    world.run_lost = 0
     oracle_power_loss(world)
 
 
@@ -75,13 +74,12 @@ cdef void move(World* world) noexcept nogil:
     disk_evict(world)
     world.host = <uint8_t>((world.host + 1) % HOSTS)
     world.accepted = 0
-    world.run_lost = 0
     oracle_power_loss(world)
 
 
 cdef void lose_run(World* world) noexcept nogil:
     daemon_killed(world)
-    world.run_lost = 1
+    here(world).wiped = 1
     here(world).table.there = 0
     here(world).temporary.there = 0
     oracle_process_crash(world)

@@ -29,19 +29,40 @@ cdef Slot* slot_at(const World* world, int index) noexcept nogil:
     return <Slot*>(world.disk.meta_cache + (SLOT_SECTOR + 8 * index) * 512)
 
 
+# A checksum costs more than the rest of a crash: what was checked lately is remembered. No part of
+# the world: the same bytes give the same answer.
+cdef Slot[16] checked
+cdef uint8_t[16] conditions
+cdef uint32_t next_checked = 0
+
+
+cdef uint8_t condition(const World* world, int index) noexcept nogil:
+    """SlotCondition of one of the two slots."""
+    global next_checked
+    cdef const Slot* slot = slot_at(world, index)
+    cdef uint32_t i
+    for i in range(16):
+        if memcmp(slot, &checked[i], sizeof(Slot)) == 0:
+            return conditions[i]
+    i = next_checked % 16
+    next_checked += 1
+    checked[i] = slot[0]
+    conditions[i] = slot_check(slot)
+    return conditions[i]
+
+
 cdef Slot* current_slot(const World* world) noexcept nogil:
     cdef Slot* best = NULL
     cdef int i
     for i in range(2):
-        if slot_check(slot_at(world, i)) == SLOT_VALID and (
+        if condition(world, i) == SLOT_VALID and (
                 best == NULL or slot_at(world, i).sequence > best.sequence):
             best = slot_at(world, i)
     return best
 
 
 cdef bint slots_zero(const World* world) noexcept nogil:
-    return (slot_check(slot_at(world, 0)) == SLOT_ZERO
-            and slot_check(slot_at(world, 1)) == SLOT_ZERO)
+    return condition(world, 0) == SLOT_ZERO and condition(world, 1) == SLOT_ZERO
 
 
 cdef bint is_of(const Table* table, const Slot* slot) noexcept nogil:
@@ -69,7 +90,7 @@ cdef uint8_t expected_refusal(World* world) noexcept nogil:
     if is_open and is_of(table, slot) and table.latch and (
             table.identity.generation == slot.generation):
         return REFUSE_LATCHED
-    if is_open and booted_here and world.run_lost and not is_of(table, slot) and not (
+    if is_open and booted_here and here(world).wiped and not is_of(table, slot) and not (
             is_of(&here(world).temporary, slot)
             and here(world).temporary.identity.generation == slot.generation):
         return REFUSE_STALE
@@ -99,6 +120,7 @@ cdef void host_boot(World* world) noexcept nogil:
     here(world).boot = world.boots
     here(world).table.there = 0
     here(world).temporary.there = 0
+    here(world).wiped = 0
 
 
 # -- host calls ----------------------------------------------------------------------------------

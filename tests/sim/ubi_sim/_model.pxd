@@ -205,6 +205,7 @@ cdef struct Host:
     Table table
     Table temporary
     uint8_t boot
+    uint8_t wiped                  # since it booted: a killed daemon's table was removed
 
 cdef struct Engines:
     Shared shared
@@ -286,9 +287,9 @@ cdef struct World:
     uint8_t boots
     uint8_t uuids                  # given out to new disks
     uint8_t served                 # a device has been live on this base
-    uint8_t run_lost               # the tables of a killed daemon were removed
     uint8_t accepted               # the operator was told of a failed fdatasync, and goes on
     uint8_t bug                    # WorldBug
+    uint8_t blind                  # the engines' own counts are not looked at
     uint8_t violation
     uint8_t quiet                  # no faults any more
     uint8_t cut                    # a crash is due: unwind

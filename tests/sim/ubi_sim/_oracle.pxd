@@ -4,6 +4,8 @@
 - After a process crash: the same; a write that was in flight is there or not, cell by cell.
 - After a power loss: what completed before a completed flush (or FUA write) began, or anything
   later. What the first read shows then holds until the cell is written again.
+- After a failed fdatasync a cell may show what is on the medium, until the operator is told and
+  accepts what is lost: the kernel has dropped what was above it.
 - A failed write is there or not, cell by cell, as after a crash.
 - A cell that no write ever touched holds what it held at first: the image's content, what bdev_ubi
   had put there, or zeros behind the image.

@@ -86,6 +86,7 @@ cdef class Simulator:
         into.nth_errno = plan.nth_errno
         into.small = plan.small
         into.bug = plan.bug
+        into.blind = plan.blind
         with nogil:
             explore_seed(&self.explorer, seed)
         world.scratch = scratch

@@ -18,6 +18,7 @@ cdef struct Plan:
     uint8_t nth_kind               # ActionKind
     uint8_t nth_for_good
     uint8_t small                  # ≤ 3 stripes; all subsets of ≤ 10 pending writes
+    uint8_t blind                  # look from outside alone, not at the engines' counts
     uint8_t bug                    # WorldBug
     int32_t nth_errno
 

@@ -149,6 +149,7 @@ cdef void make_world(World* world, const Plan* plan, uint64_t seed) noexcept nog
     world.hosts[1].boot = 2
     world.boots = 2
     world.bug = plan.bug
+    world.blind = plan.blind
     world.budget = plan.budget
     world.requests_left = plan.requests
     world.skipped = plan.skipped

@@ -179,6 +179,37 @@ def is_sound_once_closed(host: Host) -> None:
     assert (verdict.way, rules.stripes_of(again.image_bytes, verdict.stripe)) == ("open", stripes)
 
 
+def what_was_once_accepted() -> None:
+    """Bases that the engine took for sound, each by a mistake of its own."""
+    asked = Asked(layout.METADATA + 65536, 65536)
+    slot = layout.Slot(sequence=2, generation=1, fingerprint=asked.fingerprint)
+    closed = Disk()
+    closed.write(0, layout.head(65536, 1))
+    closed.write(layout.SLOTS[1], slot.sealed())
+
+    # The next write's sequence would be 0: this slot would count for ever, also once it is old.
+    last_sequence = closed.copy()
+    last_sequence.write(layout.SLOTS[0], slot._replace(sequence=(1 << 64) - 1).sealed())
+    # bdev_ubi has made a disk of its own and kept our slots: headers are of other stripes.
+    other_stripes = closed.copy()
+    other_stripes.write(0, layout.head(131072, 1))
+    # Not a creation that was cut short: there is something, and page 0 was lost.
+    first = slot._replace(sequence=1, generation=0).sealed()
+    page_lost = Disk()
+    page_lost.write(layout.SLOTS[0], first)
+    page_lost.write(layout.SLOTS[1], slot.sealed()[:511] + b"\xff")
+    headers_left = Disk()
+    headers_left.write(layout.SLOTS[0], first)
+    headers_left.write(2 * layout.BLOCK, b"\1")
+
+    cases = {
+        "the last sequence": last_sequence, "other stripes": other_stripes,
+        "page 0 lost": page_lost, "headers left": headers_left,
+    }
+    for name, disk in cases.items():
+        judged_by_the_rules(mutate.Case(name, asked, disk, Table(), Table(), ()))
+
+
 def the_most_stripes_there_can_be() -> None:
     """Every header page is used; one stripe more is refused."""
     stripe = 65536
@@ -223,6 +254,7 @@ if __name__ == "__main__":
     for kind, examples in mutate.KINDS.items():
         for first in mutate.HAPPENINGS:
             report.profile(examples)(given(mutate.hostile(kind, first))(judged_by_the_rules))()
+    what_was_once_accepted()
     the_most_stripes_there_can_be()
     inspect_reads_anything()
     known = set(REFUSALS) - {"nothing", "io", "too_many_stripes"}
