@@ -204,7 +204,7 @@ def test_add_waits_for_a_slow_disk(
     killed = ubi.add(image, base.path, stripe_size=STRIPE)
     write(killed, HOT, b"h" * BLOCK)
     flush(killed)
-    base.delay(write_ms=3000, flush_ms=0)
+    base.delay(write_ms=4000, flush_ms=0)
     writers = [Background(lambda at=at: write(killed, at, OLD)) for at in (HOT, COLD)]
     until(lambda: delayed_writes(base) == 2, "both writes are in flight")
     killed.kill()

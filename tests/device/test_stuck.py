@@ -96,7 +96,7 @@ def test_del_has_a_limit(ubi: Ubi, undo: Undo, seed: int, what: str) -> None:
     assert late.stderr.count("\n") == 1
     assert device.name in late.stderr
     assert "--force" in late.stderr
-    assert device.status()["state"] == "stopping"
+    until(lambda: device.status()["state"] == "stopping", "it is stopping")
     assert ubi.command("status", device.name).code == 0
     # A second one waits for the same end.
     again = Background(lambda: ubi.command("del", device.name, "--if-exists"))
