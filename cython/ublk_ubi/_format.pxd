@@ -16,7 +16,7 @@ cdef enum:
     SLOT_OFFSET = 5 << 20          # bytes; the second slot is a page further
     SLOT_BYTES = 512               # one sector: written whole or not at all
     SLOT_VERSION = 1
-    COUNTER_BITS = 63              # sequence and generation: no writer comes near their end
+    COUNTER_BITS = 62              # of sequence and generation: no writer has ever needed more
     FLAG_OPEN = 1
     KNOWN_INCOMPAT = 0             # feature bits that this version understands
     VERSION_CLOSED = 1             # minor version

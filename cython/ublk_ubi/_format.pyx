@@ -45,8 +45,6 @@ cdef uint8_t slot_check(const Slot* slot) noexcept nogil:
         return SLOT_DAMAGED
     if slot.version != SLOT_VERSION or slot.feature_incompat & ~<uint64_t>KNOWN_INCOMPAT:
         return SLOT_NEWER
-    if (slot.sequence | slot.generation) >> COUNTER_BITS:
-        return SLOT_DAMAGED
     return SLOT_VALID
 
 

@@ -10,7 +10,7 @@ from ublk_ubi._core cimport (
     Actions, Event, Shared, emit,
 )
 from ublk_ubi._format cimport (
-    FLAG_OPEN, SLOT_BYTES, SLOT_DAMAGED, SLOT_NEWER, SLOT_OFFSET, SLOT_VALID, SLOT_ZERO, Slot,
+    COUNTER_BITS, FLAG_OPEN, SLOT_BYTES, SLOT_DAMAGED, SLOT_NEWER, SLOT_OFFSET, SLOT_VALID, SLOT_ZERO, Slot,
     VERSION_CLOSED, VERSION_OPEN, all_zero, head_has_magic, head_major, head_minor, head_write,
     slot_check, slot_seal,
 )
@@ -177,6 +177,9 @@ cdef void classify(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     elif condition == SLOT_ZERO:
         # With minor 2, an adoption that was cut short before its first slot: adopt it again.
         adopt(lifecycle, actions)
+    elif (lifecycle.slot.sequence | lifecycle.slot.generation) >> COUNTER_BITS:
+        # Nobody has written so often. Before they begin again at 0, it is refused.
+        refuse(lifecycle, REFUSE_DAMAGED)
     elif lifecycle.pages[13] != <uint8_t>(lifecycle.slot.stripe_bytes >> 10):
         # Another program made a disk of its own here, and kept our slots.
         refuse(lifecycle, REFUSE_DAMAGED)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from unit.hostile import layout
 from unit.hostile.layout import Disk, Slot
 
-# What a writer never reaches; a higher number would soon begin again at 0.
-COUNTER_LIMIT = 1 << 63
+# What no writer reaches: a slot with a number that begins again at 0 would never count.
+COUNTER_LIMIT = 1 << 62
 
 
 class Identity(NamedTuple):
@@ -82,8 +82,6 @@ def condition(data: bytes) -> str:
         return "damaged"
     if slot.version != 1 or slot.incompat:
         return "newer"
-    if slot.sequence >= COUNTER_LIMIT or slot.generation >= COUNTER_LIMIT:
-        return "damaged"
     return "valid"
 
 
@@ -177,7 +175,7 @@ def _judge_recorded(
     found.slot_index = max(valid, key=lambda index: (slots[index].sequence, -index))
     found.slot = slot = slots[found.slot_index]
     found.stripe = slot.stripe
-    if recorded != slot.stripe >> 10 & 0xFF:
+    if max(slot.sequence, slot.generation) >= COUNTER_LIMIT or recorded != slot.stripe >> 10 & 0xFF:
         found.reasons.add("damaged")
     if asked.stripe_bytes not in (0, slot.stripe):
         found.reasons.add("stripe_size")
