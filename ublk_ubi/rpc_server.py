@@ -305,6 +305,7 @@ class Server:
     def _call(self, text: bytes) -> tuple[bytes, bytes | Deferred]:
         """Decode a request and run its handler; the id is empty for a notification."""
         if text[:1] == b"[":
+            msgspec.json.decode(text)  # what is no JSON at all ends the connection
             return b"null", _failure_text(b"null", INVALID_REQUEST, "batches are not supported")
         request = _decode_request(text)
         request_id = bytes(request.id)
