@@ -25,6 +25,7 @@ class Feature(enum.IntFlag):
     TWO_QUEUES = 1 << 13
     PARTIAL_IMAGE = 1 << 14
     TAIL = 1 << 15
+    OVERLAPS = 1 << 16
 
 
 class Bug(enum.IntEnum):

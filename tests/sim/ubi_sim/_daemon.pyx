@@ -8,7 +8,7 @@ from ublk_ubi._core cimport (
     MEM_REQUEST, MEM_STRIPE, Action, Actions, Event,
 )
 from ublk_ubi._lifecycle cimport (
-    HOST_BEFORE_WRITE, HOST_CREATED, HOST_MAKE_TABLE, PHASE_CLOSED, PHASE_FAILED, PHASE_OPEN,
+    PHASE_CLOSED, PHASE_FAILED, PHASE_OPEN,
     REFUSE_DAMAGED, REFUSE_FOREIGN, REFUSE_IO, REFUSE_NOTHING, LifecycleOptions, lifecycle_init, lifecycle_step,
 )
 from ubi_sim._coverage cimport cover_lifecycle
@@ -29,12 +29,10 @@ from ubi_sim._trace cimport trace_host, trace_number, trace_text
 # -- the lifecycle engine ------------------------------------------------------------------------
 
 cdef int32_t call_host(World* world, uint8_t call) noexcept nogil:
-    """The host's answer; an error may be injected where the host can run out of something."""
-    cdef int32_t fault = 0
+    """The host's answer; a call that fails has done nothing."""
+    cdef int32_t fault = io_fault(world, ACT_HOST)
     if world.trace != NULL:
         trace_host(world, call)
-    if call == HOST_BEFORE_WRITE or call == HOST_CREATED or call == HOST_MAKE_TABLE:
-        fault = io_fault(world, ACT_HOST)
     if fault < 0:
         oracle_fault(world)
         return fault

@@ -107,8 +107,10 @@ cdef int pick_io(World* world) noexcept nogil:
 cdef bint complete_some(World* world) noexcept nogil:
     """End a random I/O in flight, or let it land."""
     cdef int chosen = pick_io(world)
-    if chosen >= 0 and world.io[chosen].action.kind == world.pace.slow and one_in(world, 2):
-        chosen = pick_io(world)
+    cdef int attempt
+    for attempt in range(3):
+        if chosen >= 0 and world.io[chosen].action.kind == world.pace.slow:
+            chosen = pick_io(world)
     if chosen < 0:
         return False
     if one_in(world, 6):

@@ -282,7 +282,7 @@ cdef int32_t io_fault(World* world, uint8_t kind) noexcept nogil:
                 faults.nth_for_good and faults.nth_seen > faults.nth):
             return -faults.nth_errno
     if kind == ACT_SYNC_BASE:
-        return -EIO if has(world, WITH_SYNC_FAULTS) and one_in(world, 12) else 0
+        return -EIO if has(world, WITH_SYNC_FAULTS) and one_in(world, 6) else 0
     if has(world, WITH_FAULTS) and one_in(world, faults.one_in):
         return -EIO if next_random(world) & 1 else -ENOSPC
     return 0

@@ -149,6 +149,9 @@ cdef uint8_t mistake_on_open(World* world, LifecycleOptions* options) noexcept n
     cdef Table* table = &here(world).table
     cdef bint there = is_of(table, current_slot(world))
     cdef uint32_t choice = below(world, 7)
+    if is_of(&here(world).temporary, current_slot(world)) and one_in(world, 3):
+        here(world).temporary.there = TABLE_LIVE
+        return REFUSE_LIVE
     if choice == 0:
         options.inode = 3
     elif choice == 1 or not there:
@@ -180,12 +183,15 @@ cdef uint8_t mistake_on_table(World* world, LifecycleOptions* options) noexcept 
     cdef uint32_t spoil
     if slot.flags & FLAG_OPEN and booted_here:
         return mistake_on_open(world, options)
+    if is_of(&host.temporary, slot) and one_in(world, 3):
+        host.temporary.there = TABLE_LIVE
+        return REFUSE_LIVE
     if not is_of(&host.table, slot):
-        if is_of(&host.temporary, slot):
-            host.temporary.there = TABLE_LIVE
-            return REFUSE_LIVE
         return REFUSE_NOTHING
-    spoil = below(world, 3)
+    spoil = below(world, 4)
+    if spoil == 3:
+        host.table.there = TABLE_LIVE
+        return REFUSE_LIVE
     if spoil == 0:
         host.table.there = TABLE_DAMAGED
     elif spoil == 1:

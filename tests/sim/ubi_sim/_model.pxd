@@ -41,8 +41,9 @@ cdef enum:
     MAX_META_LOG = 12              # … of them those to metadata
     MAX_IO = 40
     MAX_MAIL = 32
-    MAX_HISTORY = 10
-    MAX_CANDIDATES = 14
+    MAX_HISTORY = 8
+    MAX_CANDIDATES = 18
+    MAX_OVERLAP = 2                # writes to one cell at once, and in a row of such
     MAX_ACTIONS = 64
     BUCKETS = 4
     SYNC_FILES = 4                 # open files that fdatasync: queues, hydrator, lifecycle
@@ -88,7 +89,8 @@ cdef enum Feature:
     WITH_TWO_QUEUES = 1 << 13
     WITH_PARTIAL_IMAGE = 1 << 14   # the image ends inside its last stripe
     WITH_TAIL = 1 << 15            # the device goes on behind the image
-    ALL_FEATURES = (1 << 16) - 1
+    WITH_OVERLAPS = 1 << 16        # guests write a cell while they write it
+    ALL_FEATURES = (1 << 17) - 1
 
 cdef enum Crash:
     CRASH_PROCESS = 1
@@ -184,8 +186,10 @@ cdef struct Version:
 cdef struct CellHistory:
     Version versions[MAX_HISTORY]
     uint8_t count
-    uint8_t writing                # a write is in flight
-    uint32_t writing_value
+    uint8_t writing                # writes in flight: nobody orders them
+    uint8_t ended                  # … and those that have ended while another was
+    uint32_t in_flight[MAX_OVERLAP]
+    uint32_t recent[MAX_OVERLAP]
 
 cdef struct Oracle:
     CellHistory cells[HOT_CELLS]

@@ -14,8 +14,7 @@
 - A request fails only if an error was injected after it was sent, or, if it asks for durability,
   once an fdatasync has failed. One that is sent after that never succeeds; one that was in flight
   may, if it is true.
-
-A guest never has two writes to one cell in flight: no disk orders those.
+- Of writes to one cell that overlap in time any may turn out to be the last.
 """
 
 from libc.stdint cimport int32_t, uint32_t

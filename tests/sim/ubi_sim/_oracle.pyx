@@ -8,7 +8,7 @@ from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES
 from ubi_sim._model cimport (
     ADOPTED_VALUE, CELL_BYTES, CELLS, HOT_CELLS, IMAGE_VALUE, LATCH_BROKEN, MAX_CANDIDATES,
-    MAX_DEPTH, MAX_HISTORY, MAX_QUEUES, WITH_ADOPTION, WRONG_DATA, WRONG_ERROR, CellHistory,
+    MAX_DEPTH, MAX_HISTORY, MAX_OVERLAP, MAX_QUEUES, WITH_ADOPTION, WITH_OVERLAPS, WRONG_DATA, WRONG_ERROR, CellHistory,
     GuestRequest, Oracle, Version, World, cell_count, has, violate,
 )
 
@@ -85,12 +85,47 @@ cdef Version* push(CellHistory* history, uint64_t clock) noexcept nogil:
     return version
 
 
-cdef void push_unsure(CellHistory* history, uint64_t clock) noexcept nogil:
-    """The write in flight is there, or what was before."""
-    cdef Version before = current(history)[0]
+cdef Version* push_written(CellHistory* history, uint64_t clock, uint32_t value) noexcept nogil:
+    """A write has ended: it is there, or one that overlapped it."""
     cdef Version* version = push(history, clock)
-    add_value(version.candidates, &version.count, history.writing_value)
-    add_values(version, &before)
+    cdef uint8_t i
+    add_value(version.candidates, &version.count, value)
+    for i in range(history.writing):
+        add_value(version.candidates, &version.count, history.in_flight[i])
+    for i in range(history.ended):
+        add_value(version.candidates, &version.count, history.recent[i])
+    return version
+
+
+cdef void push_unsure(CellHistory* history, uint64_t clock, uint32_t value) noexcept nogil:
+    """It is there, or what was before."""
+    cdef Version before = current(history)[0]
+    add_values(push_written(history, clock, value), &before)
+
+
+cdef void begin_write(CellHistory* history, uint32_t value) noexcept nogil:
+    ensure(history.writing < MAX_OVERLAP, b"few writes to a cell are in flight")
+    history.in_flight[history.writing] = value
+    history.writing += 1
+
+
+cdef void leave_flight(CellHistory* history, uint32_t value) noexcept nogil:
+    cdef uint8_t i
+    history.writing -= 1
+    for i in range(history.writing):
+        if history.in_flight[i] == value:
+            history.in_flight[i] = history.in_flight[history.writing]
+            return
+
+
+cdef void note_ended(CellHistory* history, uint32_t value) noexcept nogil:
+    """As long as others are in flight, it may still turn out to be the last."""
+    if history.writing == 0:
+        history.ended = 0
+    else:
+        ensure(history.ended < MAX_OVERLAP, b"a row of overlapping writes is short")
+        history.recent[history.ended] = value
+        history.ended += 1
 
 
 cdef void drop_before(CellHistory* history, uint64_t clock) noexcept nogil:
@@ -113,9 +148,13 @@ cdef inline bint is_write(uint8_t op) noexcept nogil:
 
 
 cdef bint oracle_may_write(World* world, uint32_t first, uint32_t count) noexcept nogil:
+    cdef const CellHistory* history
     cdef uint32_t cell
     for cell in range(first, first + count):
-        if world.oracle.cells[cell].writing:
+        history = &world.oracle.cells[cell]
+        if history.writing and not has(world, WITH_OVERLAPS):
+            return False
+        if history.writing + history.ended >= MAX_OVERLAP:
             return False
     return True
 
@@ -150,8 +189,13 @@ cdef void start_read(World* world, GuestRequest* guest) noexcept nogil:
         version = current(history)
         for k in range(version.count):
             add_value(guest.legal[i], &guest.legal_count[i], version.candidates[k])
-        if history.writing:
-            add_value(guest.legal[i], &guest.legal_count[i], history.writing_value)
+        for k in range(history.writing):
+            add_value(guest.legal[i], &guest.legal_count[i], history.in_flight[k])
+
+
+cdef inline uint32_t value_of(const GuestRequest* guest, uint32_t cell) noexcept nogil:
+    """What a write puts there, or a DISCARD may."""
+    return written_value(guest.serial, cell) if guest.op == OP_WRITE else 0
 
 
 cdef void oracle_sent(World* world, GuestRequest* guest) noexcept nogil:
@@ -166,10 +210,8 @@ cdef void oracle_sent(World* world, GuestRequest* guest) noexcept nogil:
         oracle.serial += 1
         guest.serial = oracle.serial
         for cell in range(guest.first, <uint32_t>(guest.first + guest.count)):
-            oracle.cells[cell].writing = 1
-            oracle.cells[cell].writing_value = (
-                written_value(guest.serial, cell) if guest.op == OP_WRITE else 0)
-            allow_in_reads(world, cell, oracle.cells[cell].writing_value)
+            begin_write(&oracle.cells[cell], value_of(guest, cell))
+            allow_in_reads(world, cell, value_of(guest, cell))
 
 
 # -- completion ----------------------------------------------------------------------------------
@@ -226,21 +268,25 @@ cdef void end_read(World* world, GuestRequest* guest, const uint32_t* data) noex
 cdef void end_write(World* world, GuestRequest* guest, int32_t result) noexcept nogil:
     cdef Oracle* oracle = &world.oracle
     cdef CellHistory* history
-    cdef Version* version
-    cdef uint32_t cell
+    cdef Version overlapped
+    cdef uint32_t cell, value
     oracle.clock += 1
     for cell in range(guest.first, <uint32_t>(guest.first + guest.count)):
         history = &oracle.cells[cell]
-        history.writing = 0
-        if result == -EOPNOTSUPP and guest.op != OP_WRITE:
-            continue
-        if result < 0 or guest.op == OP_DISCARD:
-            push_unsure(history, oracle.clock)
-            continue
-        version = push(history, oracle.clock)
-        add_value(version.candidates, &version.count, history.writing_value)
-        if guest.fua:
-            drop_before(history, oracle.clock + 1)
+        value = value_of(guest, cell)
+        leave_flight(history, value)
+        if result != -EOPNOTSUPP or guest.op == OP_WRITE:
+            if result < 0 or guest.op == OP_DISCARD:
+                push_unsure(history, oracle.clock, value)
+            else:
+                push_written(history, oracle.clock, value)
+            if result >= 0 and guest.fua:
+                drop_before(history, oracle.clock + 1)
+                if current(history).count > 1:
+                    # Durable is this write; one that overlapped it, and is read now, may not be.
+                    overlapped = current(history)[0]
+                    push(history, oracle.clock)[0] = overlapped
+        note_ended(history, value)
 
 
 cdef void check_result(World* world, const GuestRequest* guest, int32_t result) noexcept nogil:
@@ -277,12 +323,15 @@ cdef void oracle_completed(World* world, GuestRequest* guest, int32_t result,
 
 cdef void oracle_process_crash(World* world) noexcept nogil:
     cdef Oracle* oracle = &world.oracle
+    cdef CellHistory* history
     cdef uint32_t cell
     oracle.clock += 1
     for cell in range(cell_count(world)):
-        if oracle.cells[cell].writing:
-            oracle.cells[cell].writing = 0
-            push_unsure(&oracle.cells[cell], oracle.clock)
+        history = &oracle.cells[cell]
+        if history.writing:
+            push_unsure(history, oracle.clock, history.in_flight[0])
+        history.writing = 0
+        history.ended = 0
     memset(world.guests, 0, sizeof(world.guests))
 
 

@@ -7,8 +7,8 @@ from ublk_ubi._core cimport ACT_READ_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WR
 from ubi_sim._model cimport (
     ADOPTED_BYTE, ALL_FEATURES, CELLS, CHUNKS, HOT, HOT_CELLS, META_BYTES, STALE_VALUE,
     STRIPE_BYTES, WITH_ADOPTION, WITH_CHAINS, WITH_COPY_ON_READ, WITH_FAULTS, WITH_MISTAKES,
-    WITH_MOVES, WITH_OPENING, WITH_PARTIAL_IMAGE, WITH_REISSUE, WITH_STALE_BASE, WITH_SYNC_FAULTS,
-    WITH_TAIL, WITH_TORN_SLOTS, WITH_TWO_PAGES, WITH_TWO_QUEUES, WITH_ZEROING, Disk, Geometry,
+    WITH_MOVES, WITH_OPENING, WITH_OVERLAPS, WITH_PARTIAL_IMAGE, WITH_REISSUE, WITH_STALE_BASE,
+    WITH_SYNC_FAULTS, WITH_TAIL, WITH_TORN_SLOTS, WITH_TWO_PAGES, WITH_TWO_QUEUES, WITH_ZEROING, Disk, Geometry,
     World, below, has, next_random, one_in,
 )
 from ubi_sim._oracle cimport oracle_first_value, oracle_init
@@ -37,6 +37,7 @@ cdef uint32_t draw_features(World* world) noexcept nogil:
     features |= draw(world, WITH_TWO_QUEUES, 2)
     features |= draw(world, WITH_PARTIAL_IMAGE, 2)
     features |= draw(world, WITH_TAIL, 2)
+    features |= draw(world, WITH_OVERLAPS, 4)
     if features & WITH_ADOPTION:
         features &= ~<uint32_t>WITH_STALE_BASE
     return features
