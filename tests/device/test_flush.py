@@ -111,7 +111,7 @@ def test_without_a_flush_the_tick_commits(cold):
 def test_a_flush_covers_what_was_complete_before_it(ubi, make_image, make_base, queues):
     """Writers go through cold stripes while flushes come one after the other, and while others
     write with O_DSYNC: at each return the base must have the bits of all that it covers."""
-    stripes, writers = 360, 6
+    stripes, writers = 240, 6
     image = make_image(stripes * STRIPE, holes=0.9)
     base = make_base(0)
     device = ubi.add(image, base, stripe_size=STRIPE, copy_on_read=False, queues=queues)

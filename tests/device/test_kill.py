@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -201,6 +203,32 @@ def test_kill_at_every_step_of_a_clean_stop(steps: Steps) -> None:
     assert assert_closed(steps.base.path).hydrated >= set(range(1, step + 1))
     steps.device.start()
     steps.check()
+
+
+def test_a_clean_stop_commits_what_no_tick_has(steps: Steps) -> None:
+    """One stripe is in a round that hangs, the next waits for a round of its own."""
+    steps.device.start()
+    steps.base.hold(lambda request: request.is_metadata_write)
+    steps.write(STRIPE, b"a")
+    steps.base.wait_for_held()
+    steps.write(2 * STRIPE, b"b")
+    deleting = Background(steps.device.stop)
+    until(lambda: not threads_of(steps.device, "ubi-queue"), "the queues have ended")
+    assert not deleting.done
+    steps.base.release()
+    deleting.result()
+    assert assert_closed(steps.base.path).hydrated == {1, 2}
+    steps.device.start()
+    steps.check()
+
+
+def threads_of(device: Device, name: str) -> list[str]:
+    """The daemon's threads that are called so."""
+    found = []
+    for path in Path(f"/proc/{device.pid}/task").glob("*/comm"):
+        with contextlib.suppress(OSError):
+            found.append(path.read_text().strip())
+    return [thread for thread in found if thread.startswith(name)]
 
 
 def test_kill_add_at_any_time(

@@ -14,13 +14,13 @@ from support.stores import BLOCK_DEVICES
 
 MIB = 1 << 20
 # Few enough stripes to be met cold and hot, and enough for every round to find cold ones.
-IMAGE_SIZES = {64 << 10: 12 * MIB, 256 << 10: 24 * MIB, 1 << 20: 40 * MIB}
+IMAGE_SIZES = {64 << 10: 12 * MIB, 256 << 10: 24 * MIB, 1 << 20: 28 * MIB}
 PLACES = {64 << 10: ("ext4", "ext4"), 256 << 10: ("xfs", "ubd"), 1 << 20: ("tmpfs", "xfs")}
 SHORT = 12_345                     # the image ends inside a sector of its last stripe
 TAIL = 2 * MIB                     # of the disk, behind the image
 THREADS = 16
 ROUNDS = 6
-OPERATIONS = int(os.environ.get("UBLK_UBI_OPERATIONS", "1800"))
+OPERATIONS = int(os.environ.get("UBLK_UBI_OPERATIONS", "1700"))
 
 
 @pytest.mark.parametrize("copy_on_read", [True, False], ids=["copy", "no-copy"])

@@ -1,4 +1,4 @@
-"""Images with content that is known, seeded and nowhere twice the same."""
+"""Images with content that is known and seeded, and tells one place from another."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 EXTENT = 64 << 10                  # what is data or hole, as a whole
+SECTOR = 512
+POOL_SIZE = 1 << 20                # random bytes; extents are cut from it at any sector
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,13 @@ class Image:
 def random_content(size: int, seed: int, *, holes: float = 0.0) -> bytes:
     """`size` bytes; of every extent the share `holes`, at random, is zeros."""
     rng = random.Random(seed)
+    pool = rng.randbytes(POOL_SIZE)
+    places = range(0, POOL_SIZE - EXTENT + 1, SECTOR)
     pieces = []
     for start in range(0, size, EXTENT):
         length = min(EXTENT, size - start)
-        pieces.append(bytes(length) if rng.random() < holes else rng.randbytes(length))
+        place = rng.choice(places)
+        pieces.append(bytes(length) if rng.random() < holes else pool[place : place + length])
     return b"".join(pieces)
 
 
