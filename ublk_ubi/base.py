@@ -165,7 +165,7 @@ def _no_holder(_identity: Identity) -> None:
 def open_base(
     path: str,
     *,
-    image: Image,
+    image: Image | None,
     size: int | None,
     create_data_size: int,
     fence_timeout_s: float,
@@ -177,6 +177,7 @@ def open_base(
 
     `size` is the device's size that was asked for: a base that is there must have it. A missing
     base is made with `size`, else `create_data_size`, bytes of data behind its 8 MiB of metadata.
+    `image` None is for a base that has all of its image: it must be there.
     `holder` names the live device that has the base of an identity: refused at once (BUSY).
     Otherwise a held base is waited for, `fence_timeout_s` seconds, then refused (TIMED_OUT);
     `notice` is told once when there is a wait to speak of.
@@ -200,6 +201,11 @@ def open_base(
         except FileNotFoundError as error:
             if os.path.lexists(path):
                 raise open_failure("base", path, error) from None
+            if image is None:
+                raise UbiError(
+                    f"base {shown(path)} does not exist, and no image says what it shall hold: "
+                    "give --image, or another --base",
+                ) from None
             data_size = create_data_size if size is None else size
             base = _create(path, image, data_size, fence, undo)
         except OSError as error:
@@ -217,13 +223,14 @@ def open_base(
 
 
 def _open_existing(
-    path: str, st: os.stat_result, image: Image, fence: Fence, undo: contextlib.ExitStack,
+    path: str, st: os.stat_result, image: Image | None, fence: Fence, undo: contextlib.ExitStack,
 ) -> Base:
     """Open, lock and check a base that is there."""
     topology = fence.topology
     is_block = check_kind("base", path, st.st_mode)
     node = node_of(st)
-    _refuse_shared_storage(path, node, image, topology)
+    if image is not None:
+        _refuse_shared_storage(path, node, image, topology)
     _refuse_user(path, node, topology)
     try:
         if is_block:
@@ -486,24 +493,31 @@ def _creation_failure(path: str, size: int, error: OSError) -> UbiError:
     return UbiError(f"{what}: {reason}", Exit.BUSY if error.errno == errno.EEXIST else Exit.FAILED)
 
 
-def _check_block_size(base: Base, image: Image, size: int | None) -> None:
+def _check_block_size(base: Base, image: Image | None, size: int | None) -> None:
     """Refuse a size that blocks as large as direct I/O needs do not make up."""
-    unit = max(base.alignment, image.alignment)
+    unit = max(base.alignment, image.alignment if image is not None else 1)
     if size is not None and size % unit:
+        with_image = f" with image {shown(image.path)}" if image is not None else ""
         raise UbiError(
-            f"base {shown(base.path)} with image {shown(image.path)} makes a disk of blocks of "
+            f"base {shown(base.path)}{with_image} makes a disk of blocks of "
             f"{unit} bytes, and --size {size} is no multiple: use --size {size // unit * unit}",
             Exit.USAGE,
         )
 
 
-def _check_size(base: Base, image: Image, size: int | None) -> None:
+def _check_size(base: Base, image: Image | None, size: int | None) -> None:
     """Refuse a base that is too small, or not of the size that was asked for."""
-    refuse_too_small(
-        f"base {shown(base.path)}", base.size, f"image {shown(image.path)}", image.size,
-        way_out="name a larger device" if base.is_block
-        else f"name a larger base, or remove {shown(base.path)} to have it made",
-    )
+    if image is not None:
+        refuse_too_small(
+            f"base {shown(base.path)}", base.size, f"image {shown(image.path)}", image.size,
+            way_out="name a larger device" if base.is_block
+            else f"name a larger base, or remove {shown(base.path)} to have it made",
+        )
+    elif base.size <= METADATA_SIZE:
+        raise UbiError(
+            f"base {shown(base.path)} of {size_text(base.size)} is no disk of ours: give --image "
+            "to make one on a larger base",
+        )
     if size is not None and size != base.data_size:
         raise UbiError(
             f"base {shown(base.path)} makes a disk of {size_text(base.data_size)}, --size asks "

@@ -62,21 +62,22 @@ def refuse_too_small(
         raise UbiError(_shortage(base, base_size, image, image_size, _needed(image_size)) + way_out)
 
 
-def required_block_size(image: Image, base: Base) -> int:
+def required_block_size(image: Image | None, base: Base) -> int:
     """Return the device's smallest logical block size in bytes, 512 or 4096.
 
     It is what direct I/O on image and base takes. Raises UbiError when that is more than 4096.
     """
-    for what, path, alignment, way_out in (
-        ("image", image.path, image.alignment, "use --image-cache page"),
-        ("base", base.path, base.alignment, "name a base on another filesystem"),
-    ):
+    files = [("base", base.path, base.alignment, "name a base on another filesystem")]
+    if image is not None:
+        files.append(("image", image.path, image.alignment, "use --image-cache page"))
+    for what, path, alignment, way_out in files:
         if alignment > _MAX_BLOCK_SIZE:
             raise UbiError(
                 f"{what} {shown(path)} takes direct I/O in units of {alignment} bytes only, a "
                 f"disk's blocks have at most {_MAX_BLOCK_SIZE}: {way_out}",
             )
-    return _MAX_BLOCK_SIZE if max(image.alignment, base.alignment) > SECTOR_SIZE else SECTOR_SIZE
+    largest = max(alignment for _, _, alignment, _ in files)
+    return _MAX_BLOCK_SIZE if largest > SECTOR_SIZE else SECTOR_SIZE
 
 
 def _needed(image_size: int) -> int:

@@ -11,10 +11,13 @@ from typing import Any
 
 import msgspec
 
+from ublk_ubi.cpus import parse_cpus
 from ublk_ubi.errors import Exit, UbiError
+from ublk_ubi.hydration import parse_min_free
 from ublk_ubi.options import (
     MAX_DEPTH,
     MAX_QUEUES,
+    MAX_RATE,
     MAX_STRIPE_SIZE,
     MIN_STRIPE_SIZE,
     DeviceOptions,
@@ -25,7 +28,7 @@ from ublk_ubi.sizes import format_size, parse_size
 MAX_CONFIG = 1 << 20
 MAX_ID = (1 << 20) - 1  # the driver's minor numbers
 MAX_PATH = 4095
-SIZE_KEYS = ("size", "stripe_size", "block_size")
+SIZE_KEYS = ("size", "stripe_size", "block_size", "rate")
 PATH_KEYS = ("image", "base")
 EXCLUSIVE = (("format", "adopt"), ("zero", "keep_old_data"))
 
@@ -57,9 +60,13 @@ def load_config(path: str) -> dict[str, Any]:
 
 def build_options(values: dict[str, Any]) -> DeviceOptions:
     """Make checked options of `values`, whose sizes are bytes already. Raises UbiError (usage)."""
-    for key in ("image", "base"):
-        if not values.get(key):
-            raise UbiError(f"--{key} is missing: say where the {key} is", Exit.USAGE)
+    if not values.get("base"):
+        raise UbiError("--base is missing: say where the base is", Exit.USAGE)
+    if not values.get("image") and not _may_lack_image(values):
+        raise UbiError(
+            "--image is missing: say where the image is (a base that has all of it needs none)",
+            Exit.USAGE,
+        )
     try:
         options = msgspec.convert(values, DeviceOptions)
     except msgspec.ValidationError as error:
@@ -148,9 +155,17 @@ def _check(options: DeviceOptions) -> None:
     if options.name is not None:
         check_name(options.name)
     for key in PATH_KEYS:
-        _check_path(key, getattr(options, key))
+        if (path := getattr(options, key)) is not None:
+            _check_path(key, path)
     _check_range("queues", options.queues, 1, MAX_QUEUES)
-    _check_range("depth", options.depth, 1, MAX_DEPTH)
+    if options.depth is not None:
+        _check_range("depth", options.depth, 1, MAX_DEPTH)
+    if options.rate is not None:
+        _check_range("rate", options.rate, 1, MAX_RATE)
+    parse_min_free(options.min_free)
+    for option, cpus in (("--cpus", options.cpus), ("--hydrator-cpus", options.hydrator_cpus)):
+        if cpus is not None:
+            parse_cpus(option, cpus)
     if options.id is not None:
         _check_range("id", options.id, 0, MAX_ID)
     if options.size is not None and options.size <= 0:
@@ -179,6 +194,12 @@ def _check(options: DeviceOptions) -> None:
             )
     if options.owner is not None:
         resolve_owner(options.owner)
+
+
+def _may_lack_image(values: dict[str, Any]) -> bool:
+    """Without an image a base is opened, never made."""
+    return (values.get("image") is None and os.path.exists(str(values["base"]))
+            and not any(values.get(key) for key in ("format", "adopt")))
 
 
 def _check_path(key: str, path: str) -> None:

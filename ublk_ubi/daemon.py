@@ -17,12 +17,12 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.options import DeviceOptions
+from ublk_ubi.options import MAX_RATE, DeviceOptions
 from ublk_ubi.rpc_server import Deferred, NoParams, Server
 from ublk_ubi.session import Session
 
@@ -38,6 +38,13 @@ class StopParams(msgspec.Struct, forbid_unknown_fields=True):
     """Parameters of `stop`; `force` takes an open disk away from its users."""
 
     force: bool = False
+
+
+class HydrateParams(msgspec.Struct, forbid_unknown_fields=True):
+    """Parameters of `hydrate`: `run` starts or pauses, `rate` is bytes a second, 0 no limit."""
+
+    run: bool | None = None
+    rate: Annotated[int, msgspec.Meta(ge=0, le=MAX_RATE)] | None = None
 
 
 class Terminated(BaseException):
@@ -63,7 +70,11 @@ class Daemon:
         self._signalled_at = float("-inf")
         self._server = Server(
             session.claim.socket,
-            {"status": (NoParams, self._on_status), "stop": (StopParams, self._on_stop)},
+            {
+                "status": (NoParams, self._on_status),
+                "stop": (StopParams, self._on_stop),
+                "hydrate": (HydrateParams, self._on_hydrate),
+            },
             self._selector,
             report=log,
         )
@@ -90,6 +101,18 @@ class Daemon:
     # ---- requests ---------------------------------------------------------------------------
 
     def _on_status(self, _params: NoParams) -> dict[str, Any]:
+        return self._session.status(self._state)
+
+    def _on_hydrate(self, params: HydrateParams) -> dict[str, Any]:
+        hydration = self._session.hydration
+        if params.rate is not None:
+            hydration.set_rate(params.rate or None)
+        if params.run is not None:
+            log("background hydration is " + ("on" if params.run else "paused"))
+            if params.run:
+                hydration.start()
+            else:
+                hydration.pause()
         return self._session.status(self._state)
 
     def _on_stop(self, params: StopParams) -> Deferred:
@@ -140,6 +163,8 @@ class Daemon:
     def _on_notice(self, _mask: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._session.plane.notify_fd)
+        if self._session.release_image():
+            log("the base has all of its image: independent of it")
         if self._worker is None and not self._session.serves():
             log("the disk was taken away from outside; stopping")
             self._stop(force=True)
@@ -182,6 +207,7 @@ def run(
     except Terminated as error:
         raise UbiError(f"ended by {error} before the device was live", Exit.FAILED) from None
     daemon = Daemon(session)
+    session.release_image()
     if log_fd is not None:
         session.claim.adopt_log(log_fd)
     for warning in session.warnings:

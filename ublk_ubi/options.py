@@ -15,21 +15,32 @@ MAX_STRIPES = 2_097_152
 METADATA_SIZE = 8 << 20
 MAX_QUEUES = 64
 MAX_DEPTH = 4096
+MAX_RATE = 1 << 34
+DEFAULT_DEPTH = 128
+COPY_BUFFERS = 32 << 20
+"""Bytes of request buffers that a queue has by default on the plain-copy path."""
 
 
 class DeviceOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Everything that `add` can be told. Sizes are bytes."""
 
-    image: str
     base: str
+    image: str | None = None
     name: str | None = None
     size: int | None = None
     stripe_size: int | None = None
     image_format: Literal["raw"] | None = None
     queues: int = 1
-    depth: int = 128
+    depth: int | None = None
     id: int | None = None
     copy_on_read: bool = True
+    cache: Literal["writeback", "writethrough", "unsafe"] = "writeback"
+    data_path: Literal["auto", "zero-copy", "copy"] = "auto"
+    cpus: str | None = None
+    hydrator_cpus: str | None = None
+    hydrate: bool = False
+    rate: int | None = None
+    min_free: str = "5%"
     image_cache: Literal["none", "page"] = "none"
     block_size: Literal[512, 4096] | None = None
     format: bool = False

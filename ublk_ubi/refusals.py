@@ -23,12 +23,23 @@ AFTER_POWER_LOSS = "--force-stale goes on with what the base alone proves, as af
 class Context:
     """What the messages speak of."""
 
-    def __init__(self, opener: Opener, options: DeviceOptions, image: Image, base: Base) -> None:
+    def __init__(self, opener: Opener, options: DeviceOptions, image: Image | None,
+                 base: Base) -> None:
         self.opener = opener
         self.base = base
         self.image = image
         self.options = options
         self.what = f"base {shown(base.path)}"
+
+    @property
+    def image_path(self) -> str:
+        """How to call the image."""
+        return shown(self.image.path) if self.image is not None else "none"
+
+    @property
+    def image_size(self) -> int:
+        """Its bytes; without one, those of the image that the base records."""
+        return self.image.size if self.image is not None else self.opener.recorded_image_bytes
 
     def asked(self) -> str:
         """Tell the stripe size that was asked for."""
@@ -43,8 +54,8 @@ def _bounds(context: Context) -> UbiError:
     """Let the one place that knows the bounds find the words."""
     try:
         check_bounds(
-            context.base.size, context.image.size, context.opener.stripe_bytes,
-            base=f"base {shown(context.base.path)}", image=f"image {shown(context.image.path)}",
+            context.base.size, context.image_size, context.opener.stripe_bytes,
+            base=f"base {shown(context.base.path)}", image=f"image {context.image_path}",
         )
     except UbiError as error:
         return error
@@ -83,11 +94,11 @@ _LINES: dict[str, Callable[[Context], UbiError]] = {
     "too_small": _bounds,
     "image_size": lambda c: UbiError(
         f"{c.what} belongs to an image of {size_text(c.opener.recorded_image_bytes)}, and "
-        f"{shown(c.image.path)} has {size_text(c.image.size)}: give the image it was made from, "
+        f"{c.image_path} has {size_text(c.image_size)}: give the image it was made from, "
         "or start anew with --format",
     ),
     "fingerprint": lambda c: UbiError(
-        f"{c.what} was made from another image than {shown(c.image.path)} (same size, other "
+        f"{c.what} was made from another image than {c.image_path} (same size, other "
         "content): give that image; --force takes this one for the stripes not hydrated yet",
     ),
     "live": lambda c: UbiError(
@@ -113,11 +124,14 @@ _LINES: dict[str, Callable[[Context], UbiError]] = {
         f"{c.what} was written by another program while its daemon was down: find out which; "
         f"{AFTER_POWER_LOSS}",
     ),
+    "needs_image": lambda c: UbiError(
+        f"{c.what} does not have all of its image yet: give the image it was made from, --image",
+    ),
 }
 
 
 def explain(
-    reason: str, opener: Opener, options: DeviceOptions, image: Image, base: Base,
+    reason: str, opener: Opener, options: DeviceOptions, image: Image | None, base: Base,
 ) -> UbiError:
     """Return the error for a refusal of the lifecycle engine."""
     return _LINES[reason](Context(opener, options, image, base))

@@ -49,7 +49,7 @@ _MAX_NAMES = 1 << 16
 class State(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What a daemon tells the world about itself: state.json. Unknown keys are skipped."""
 
-    image: str
+    image: str | None
     base: str
     name: str = ""
     pid: int = 0

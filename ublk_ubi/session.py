@@ -30,14 +30,18 @@ from ublk_ubi.base import Base, open_base
 from ublk_ubi.bounds import required_block_size
 from ublk_ubi.config import resolve_owner
 from ublk_ubi.control import Control, ControlError, ControlTimeout
-from ublk_ubi.device_params import AddParams, DeviceParams
+from ublk_ubi.cpus import usable_cpus
+from ublk_ubi.device_params import AddParams, DeviceParams, DiscardLimits
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.files import shown, size_text
-from ublk_ubi.image import Image, fingerprint, open_image
-from ublk_ubi.options import MAX_STRIPE_SIZE, METADATA_SIZE
+from ublk_ubi.hydration import Hydration
+from ublk_ubi.image import FINGERPRINT_SIZE, Image, fingerprint, open_image
+from ublk_ubi.memory import private_bytes
+from ublk_ubi.options import COPY_BUFFERS, DEFAULT_DEPTH, MAX_STRIPE_SIZE, METADATA_SIZE
 from ublk_ubi.refusals import explain
 from ublk_ubi.removal import delete_kernel_device
 from ublk_ubi.table import TableHost, boot_id
+from ublk_ubi.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,6 +55,8 @@ DEFAULT_STRIPE_SIZE = 1 << 20
 START_TIMEOUT_S = 60.0
 LET_GO_TIMEOUT_S = 2.0
 OPEN_RETRY_S = 5.0
+MAX_DISCARD = 1 << 30
+ZERO_COPY = Feature.SUPPORT_ZERO_COPY | Feature.USER_COPY | Feature.AUTO_BUF_REG
 
 
 class Session(TableHost):
@@ -65,10 +71,12 @@ class Session(TableHost):
         self.warnings: list[str] = []
         self.started_at = time.monotonic()
         self.claim: Claim
-        self.image: Image
+        self.image: Image | None = None
         self.base: Base
         self.opener: Opener
         self.plane: DataPlane
+        self.hydration: Hydration
+        self.upkeep: Upkeep
         self.info: DevInfo
         self.link = ""
         self.block_size = SECTOR
@@ -79,6 +87,9 @@ class Session(TableHost):
         self._cookie = int.from_bytes(os.urandom(8), "little")
         self._ublkc = -1
         self._stopped_disk = False
+        self._missing: UbiError | None = None
+        self._cpus: list[int] = []
+        self._hydrator_cpus: list[int] = []
 
     # ---- up ---------------------------------------------------------------------------------
 
@@ -92,9 +103,16 @@ class Session(TableHost):
 
     def _start(self) -> None:
         options = self.options
+        self._cpus = usable_cpus("--cpus", options.cpus)
+        self._hydrator_cpus = usable_cpus("--hydrator-cpus", options.hydrator_cpus)
         control = self._undo.enter_context(Control.open())
         self._control = control
         features = control.get_features()
+        if options.data_path == "zero-copy" and ZERO_COPY not in features:
+            raise UbiError(
+                "--data-path zero-copy: this kernel's ublk driver has none (Linux 6.16 has): drop "
+                "--data-path",
+            )
         self.claim = runtime.claim(options.name, base=os.path.realpath(options.base))
         try:
             self._clear_previous()
@@ -106,6 +124,10 @@ class Session(TableHost):
         self._open_base(features)
         self._start_threads()
         self._go_live()
+        self.upkeep.start()
+        self._undo.callback(self.upkeep.stop)
+        if options.hydrate:
+            self.hydration.start()
         self.claim.write_options(options)
         self.base.keep()
         self._undo.pop_all()
@@ -125,16 +147,13 @@ class Session(TableHost):
     def _open_files(self) -> None:
         """Image and base, opened and locked; nothing of them is changed."""
         options = self.options
-        self.image = open_image(
-            options.image, image_format=options.image_format, cache=options.image_cache,
-        )
-        self._undo.callback(self.image.close)
+        self._open_image()
         stripe = options.stripe_size or MAX_STRIPE_SIZE
         self.base = open_base(
             options.base,
             image=self.image,
             size=options.size,
-            create_data_size=-(-self.image.size // stripe) * stripe,
+            create_data_size=-(-self.image.size // stripe) * stripe if self.image else 0,
             fence_timeout_s=options.fence_timeout_s,
             holder=runtime.holder_of,
             notice=self._notice,
@@ -148,8 +167,24 @@ class Session(TableHost):
             )
         self.block_size = options.block_size or needed
         self.size = (self.base.size - METADATA_SIZE) // self.block_size * self.block_size
-        for file in (self.image, self.base):
-            self.warnings += file.warnings
+        self.warnings += self.image.warnings if self.image else []
+        self.warnings += self.base.warnings
+
+    def _open_image(self) -> None:
+        """Open the image. A base that has all of it needs none: its metadata will tell."""
+        options = self.options
+        if options.image is None:
+            return
+        try:
+            self.image = open_image(
+                options.image, image_format=options.image_format, cache=options.image_cache,
+            )
+        except UbiError as error:
+            if os.path.lexists(options.image) or not os.path.exists(options.base):
+                raise
+            self._missing = error
+        else:
+            self._undo.callback(self.image.close)
 
     def _open_base(self, features: Feature) -> None:
         """Judge the metadata; make a ublk device; write."""
@@ -159,9 +194,10 @@ class Session(TableHost):
             base_fd=self.base.fd,
             sync_fd=sync_fd,
             base_bytes=self.base.size,
-            image_bytes=self.image.size,
+            image_bytes=self.image.size if self.image else 0,
             identity=(self.base.identity.device, self.base.identity.number),
-            fingerprint=fingerprint(self.image.fd, self.image.size),
+            fingerprint=fingerprint(self.image.fd, self.image.size) if self.image
+            else bytes(FINGERPRINT_SIZE),
             new_uuid=uuid.uuid4().bytes,
             boot_id=boot_id(),
             stripe_bytes=self.options.stripe_size or 0,
@@ -170,11 +206,12 @@ class Session(TableHost):
             adopt=self.options.adopt,
             force=self.options.force,
             force_stale=self.options.force_stale,
+            no_image=self.image is None,
         )
         try:
             self.opener.open(self)
         except Refused as refused:
-            raise explain(
+            raise self._missing or explain(
                 refused.reason, self.opener, self.options, self.image, self.base,
             ) from None
         except OSError as error:
@@ -183,6 +220,11 @@ class Session(TableHost):
                 f"{error.strerror}; check its disk (see `dmesg`)",
             ) from None
         self._undo.callback(self._close_base_quietly)
+        if self._missing is not None:
+            self.warnings.append(
+                f"image {shown(self.options.image or '')} is not there, and not needed: the base "
+                "has all of it",
+            )
 
     def _start_threads(self) -> None:
         """Hydrator first: it commits what was found before anybody is served."""
@@ -195,16 +237,28 @@ class Session(TableHost):
             depth=info.depth,
             copy_on_read=self.options.copy_on_read,
             device_bytes=self.size,
+            cache=self.options.cache,
+            zero_copy=ZERO_COPY in info.flags,
+            base_is_block=self.base.is_block,
+            block_bytes=self.block_size,
         )
         self._undo.callback(self._quit_threads)
         sync_fds = self.base.reopen_for_sync(info.queues + 1)
-        self.plane.start_hydrator(self.image.fd, self.base.fd, sync_fds[-1], self._ublkc)
+        image_fd = self.image.fd if self.image else -1
+        self.plane.start_hydrator(
+            image_fd, self.base.fd, sync_fds[-1], self._ublkc, set(self._hydrator_cpus) or None,
+        )
         self._await(lambda: self._hydrator_is("live"), START_TIMEOUT_S, "hydrate its last stripe")
         for index in range(info.queues):
+            cpus = {self._cpus[index % len(self._cpus)]} if self._cpus else None
             self.plane.start_queue(
-                index, self.image.fd, self.base.fd, sync_fds[index], self._ublkc,
+                index, image_fd, self.base.fd, sync_fds[index], self._ublkc, cpus,
             )
         self._await(self._queues_run, START_TIMEOUT_S, "start its queues")
+        self.hydration = Hydration(
+            self.plane, rate=self.options.rate, min_free=self.options.min_free,
+        )
+        self.upkeep = Upkeep(self.plane, self.hydration, self.image, self.base, self._notice)
 
     def _go_live(self) -> None:
         control, info = self._control, self.info
@@ -225,7 +279,7 @@ class Session(TableHost):
 
     def _state(self, *, live: bool = False) -> runtime.State:
         return runtime.State(
-            image=os.path.realpath(self.image.path),
+            image=self._image_path,
             base=os.path.realpath(self.base.path),
             id=self.info.id,
             device=self.info.disk_path,
@@ -236,6 +290,11 @@ class Session(TableHost):
             cookie=self._cookie,
         )
 
+    @property
+    def _image_path(self) -> str | None:
+        image = self.options.image
+        return os.path.realpath(image) if image is not None else None
+
     # ---- what the lifecycle engine asks for -------------------------------------------------
 
     def before_write(self, opener: Opener) -> None:
@@ -243,29 +302,51 @@ class Session(TableHost):
         if opener.creating:
             self._check_tail()
         stripe = opener.stripe_bytes
+        zero_copy = self.options.data_path != "copy" and ZERO_COPY in self._features
+        self.info = self._add_device(stripe, zero_copy=zero_copy)
+        if zero_copy and ZERO_COPY not in self.info.flags:
+            self._control.del_dev(self.info.id)
+            if self.options.data_path == "zero-copy":
+                raise UbiError(
+                    "--data-path zero-copy: the ublk driver did not grant it: drop --data-path",
+                )
+            self.info = self._add_device(stripe, zero_copy=False)
+        self._undo.callback(self._delete_device)
+        self.claim.write_state(self._state())
+        self._control.set_params(self.info.id, self._params(stripe))
+
+    def _add_device(self, stripe: int, *, zero_copy: bool) -> DevInfo:
+        """ADD_DEV, on one data path or the other."""
+        options = self.options
         wanted = Feature.CMD_IOCTL_ENCODE
-        if not self.options.partscan:
+        if not options.partscan:
             wanted |= Feature.NO_AUTO_PART_SCAN
+        if zero_copy:
+            wanted |= ZERO_COPY
+        default_depth = DEFAULT_DEPTH if zero_copy else min(DEFAULT_DEPTH, COPY_BUFFERS // stripe)
         try:
-            self.info = self._control.add_dev(AddParams(
-                queues=self.options.queues,
-                depth=self.options.depth,
+            return self._control.add_dev(AddParams(
+                queues=options.queues,
+                depth=options.depth or default_depth,
                 max_io_bytes=stripe,
                 flags=wanted & self._features,
-                id=self.options.id,
+                id=options.id,
                 server_flags=self._cookie,
             ))
         except ControlError as error:
             if error.errno == errno.EEXIST:
                 raise UbiError(
-                    f"the id {self.options.id} is taken (/dev/ublkb{self.options.id}): give "
-                    "another --id, or none",
+                    f"the id {options.id} is taken (/dev/ublkb{options.id}): give another --id, "
+                    "or none",
                     Exit.BUSY,
                 ) from None
             raise
-        self._undo.callback(self._delete_device)
-        self.claim.write_state(self._state())
-        self._control.set_params(self.info.id, DeviceParams(
+
+    def _params(self, stripe: int) -> DeviceParams:
+        """Describe the disk to the kernel."""
+        cached = self.options.cache != "writethrough"
+        alignment = max(self.base.alignment, self.image.alignment if self.image else 1)
+        return DeviceParams(
             dev_sectors=self.size // SECTOR,
             max_sectors=stripe // SECTOR,
             chunk_sectors=stripe // SECTOR,
@@ -273,9 +354,16 @@ class Session(TableHost):
             physical_block_size=max(4096, self.block_size),
             io_min=4096,
             io_opt=stripe,
-            volatile_cache=True,
-            fua=True,
-        ))
+            volatile_cache=cached,
+            fua=cached,
+            discard=DiscardLimits(
+                granularity=4096,
+                max_discard_sectors=MAX_DISCARD // SECTOR,
+                max_write_zeroes_sectors=stripe // SECTOR,
+            ),
+            # Zero copy: image and base get the guest's own pages.
+            dma_alignment=max(SECTOR, alignment) if ZERO_COPY in self.info.flags else None,
+        )
 
     def zero_tail(self, opener: Opener) -> None:
         """Nobody may read through a new disk what was on this base before."""
@@ -353,6 +441,7 @@ class Session(TableHost):
         Returns what could not be made durable, or not be removed, as an error to show: the table
         then stays, or the name, as a dead device's that `del` clears up.
         """
+        self.upkeep.stop()
         problem = self._commit()
         self._quit_threads()
         if problem is None:
@@ -362,7 +451,8 @@ class Session(TableHost):
         if self.table is not None:
             self.table.close()
         self.base.close()
-        self.image.close()
+        if self.image is not None:
+            self.image.close()
         try:
             self._control.del_dev(self.info.id, timeout_s=LET_GO_TIMEOUT_S)
         except ControlError as error:
@@ -435,10 +525,10 @@ class Session(TableHost):
     def _hydrator_is(self, wanted: str) -> bool:
         state, status = self.plane.hydrator_state()
         if state == "failed":
+            image = shown(self._image_path or "no image")
             raise UbiError(
-                f"{shown(self.image.path)} → {shown(self.base.path)}: the last stripe of the image "
-                f"cannot be copied and committed: {os.strerror(-status)}; check both disks "
-                "(see `dmesg`)",
+                f"{image} → {shown(self.base.path)}: the last stripe of the image cannot be copied "
+                f"and committed: {os.strerror(-status)}; check both disks (see `dmesg`)",
             )
         return state == wanted
 
@@ -487,16 +577,32 @@ class Session(TableHost):
                 f"an fdatasync of {base} failed ({os.strerror(self.plane.latch)}): no flush "
                 "succeeds until the device is added anew"
             )
-        try:
-            change = self.image.changed()
-        except OSError as error:
-            change = error.strerror
-        if change is not None:
-            return f"image {shown(self.image.path)} has changed since it was opened: {change}"
+        if self.upkeep.image_problem is not None:
+            return f"image {shown(self._image_path or '')} {self.upkeep.image_problem}"
         return None
+
+    @property
+    def independent(self) -> bool:
+        """The base has all of the image, durably, and no thread holds the image open."""
+        return self.plane.hydrated and (self.image is None or self.image.fd < 0)
+
+    def release_image(self) -> bool:
+        """Let go of the image once nobody needs it; True when that has just happened."""
+        if self.image is None or self.image.fd < 0 or not self.plane.hydrated:
+            return False
+        self.upkeep.forget_image()
+        if not self.plane.image_dropped:
+            self.plane.drop_image()
+            return False
+        self.image.close()
+        return True
 
     def status(self, state: str) -> dict[str, Any]:
         """Return the status as JSON has it (docs: README, `status --json`)."""
+        stripes = self.plane.stripes()
+        counters = self.plane.counters()
+        counters["hydration"] = self.hydration.describe(counters["hydration"])
+        stripe = self.opener.stripe_bytes
         return {
             "schema": 1,
             "name": self.claim.name,
@@ -506,8 +612,9 @@ class Session(TableHost):
             "pid": os.getpid(),
             "state": state,
             "degraded": self.degraded(),
-            "image": os.path.realpath(self.image.path),
-            "image_size": self.image.size,
+            "image": self._image_path,
+            "image_size": self.opener.recorded_image_bytes,
+            "independent": self.independent,
             "base": os.path.realpath(self.base.path),
             "size": self.size,
             "stripe_size": self.opener.stripe_bytes,
@@ -516,15 +623,21 @@ class Session(TableHost):
             "depth": self.info.depth,
             "copy_on_read": self.options.copy_on_read,
             "image_cache": self.options.image_cache,
-            "image_direct": self.image.direct,
+            "image_direct": self.image.direct if self.image is not None else None,
             "base_direct": self.base.direct,
-            "data_path": "copy",
-            "cache": "writeback",
+            "data_path": "zero-copy" if ZERO_COPY in self.info.flags else "copy",
+            "cache": self.options.cache,
             "uuid": str(uuid.UUID(bytes=self.opener.uuid)),
             "generation": self.opener.generation,
-            "stripes": self.plane.stripes(),
+            "stripes": stripes,
+            "space": {
+                "allocated": self.upkeep.allocated,
+                "hydrated": stripes["hydrated"] * stripe,
+                "needed": (stripes["total"] - stripes["hydrated"]) * stripe,
+            },
+            "memory": private_bytes(),
             "io": self.plane.io(),
-            **self.plane.counters(),
+            **counters,
             "uptime_s": round(time.monotonic() - self.started_at, 3),
         }
 

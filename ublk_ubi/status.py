@@ -14,6 +14,7 @@ import msgspec
 
 from ublk_ubi import rpc
 from ublk_ubi.errors import Exit, UbiError
+from ublk_ubi.hydration import State  # noqa: TC001 - msgspec looks at it
 
 if TYPE_CHECKING:
     from ublk_ubi.runtime import Device
@@ -47,6 +48,8 @@ class Io(msgspec.Struct):
     read: IoCounters = msgspec.field(default_factory=IoCounters)
     write: IoCounters = msgspec.field(default_factory=IoCounters)
     flush: IoCounters = msgspec.field(default_factory=IoCounters)
+    discard: IoCounters = msgspec.field(default_factory=IoCounters)
+    write_zeroes: IoCounters = msgspec.field(default_factory=IoCounters)
 
 
 class Stripes(msgspec.Struct):
@@ -58,12 +61,33 @@ class Stripes(msgspec.Struct):
 
 
 class Hydration(msgspec.Struct):
-    """Stripes that this daemon brought to the base; `whole_stripe_writes` needed no fetch."""
+    """Stripes that this daemon brought to the base, and background hydration.
+
+    `zeros` of `stripes` were zeroed, not written; `whole_stripe_writes` needed no fetch. `passes`
+    and `failed` count in the background, where `last_error` is an errno. `rate` is bytes a second,
+    null as fast as can be; `state` is explained in hydration.py.
+    """
 
     stripes: int = 0
     bytes: int = 0
     errors: int = 0
+    zeros: int = 0
     whole_stripe_writes: int = 0
+    state: State = "off"
+    rate: int | None = None
+    min_free: str | None = None
+    passes: int = 0
+    failed: int = 0
+    last_error: int = 0
+    retry_in_s: int = 0
+
+
+class Space(msgspec.Struct):
+    """Bytes: storage that the base takes, stripes hydrated, stripes that it may still have to."""
+
+    allocated: int | None = None
+    hydrated: int = 0
+    needed: int = 0
 
 
 class Commit(msgspec.Struct):
@@ -101,7 +125,10 @@ class Status(msgspec.Struct, kw_only=True):
     cache: str | None = None
     uuid: str | None = None
     generation: int | None = None
+    independent: bool | None = None
     stripes: Stripes | None = None
+    space: Space | None = None
+    memory: int | None = None
     io: Io | None = None
     cold_reads: int | None = None
     hydration: Hydration | None = None

@@ -31,9 +31,11 @@ cdef extern from *:
     uint8_t load_u8 "ubi_load"(const uint8_t* p) noexcept nogil
     uint32_t load_u32 "ubi_load"(const uint32_t* p) noexcept nogil
     int64_t load_i64 "ubi_load"(const int64_t* p) noexcept nogil
+    uint64_t load_u64 "ubi_load"(const uint64_t* p) noexcept nogil
     uint32_t peek_u32 "ubi_peek"(const uint32_t* p) noexcept nogil
     void store_u8 "ubi_store"(uint8_t* p, uint8_t value) noexcept nogil
     void store_u32 "ubi_store"(uint32_t* p, uint32_t value) noexcept nogil
+    void store_u64 "ubi_store"(uint64_t* p, uint64_t value) noexcept nogil
     int64_t add_i64 "ubi_add"(int64_t* p, int64_t value) noexcept nogil
     uint32_t exchange_u32 "ubi_exchange"(uint32_t* p, uint32_t value) noexcept nogil
     void set_once_u32 "ubi_set_once"(uint32_t* p, uint32_t value) noexcept nogil

@@ -23,7 +23,7 @@ Stripes behind the image's end are DURABLE from the start: there is nothing to c
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from ublk_ubi._atomic cimport ensure, load_u8
+from ublk_ubi._atomic cimport ensure, load_u32, load_u8
 
 cdef enum:
     DATA_OFFSET = 8 << 20          # bytes: device byte x lives at base byte DATA_OFFSET + x
@@ -53,6 +53,8 @@ cdef enum EventKind:
     EVENT_TICK = 4                 # about once a second
     EVENT_START = 5
     EVENT_STOP = 6
+    EVENT_HYDRATE = 7              # hydrator: op 1: copy all of the image (anew what failed); 0: pause
+    EVENT_BUDGET = 8               # hydrator: offset: bytes that it may still copy unasked
 
 cdef enum Operation:               # as ublk numbers them
     OP_READ = 0
@@ -75,6 +77,11 @@ cdef enum MessageKind:
 cdef enum:
     CLAIMED = 1
 
+cdef enum CacheMode:
+    CACHE_WRITEBACK = 0            # a flush makes durable
+    CACHE_WRITETHROUGH = 1         # every write is durable before it completes
+    CACHE_UNSAFE = 2               # a flush is answered at once; the mapping stays consistent
+
 cdef enum ActionKind:
     ACT_READ_IMAGE = 1             # image → memory
     ACT_READ_BASE = 2              # base → memory
@@ -85,6 +92,9 @@ cdef enum ActionKind:
     ACT_STARTED = 7                # hydrator: the device may go live, or -errno
     ACT_STOPPED = 8                # hydrator: all is committed, or -errno
     ACT_HOST = 9                   # lifecycle: `message` is a HostCall, done by the caller
+    ACT_ZERO_BASE = 10             # base range reads zeros; unmap: its space may be given back
+    ACT_DISCARD_BASE = 11          # base range need not be kept
+    ACT_HYDRATED = 12              # hydrator: every stripe is DURABLE, nobody needs the image
 
 cdef enum Memory:
     MEM_REQUEST = 1                # the data of request `index`
@@ -103,6 +113,8 @@ cdef struct Event:
     uint8_t kind
     uint8_t op
     uint8_t fua
+    uint8_t unmap                  # WRITE_ZEROES: the space may be given back
+    uint8_t zeros                  # the stripe that was read is all zeros
 
 cdef struct Action:
     uint64_t offset                # bytes in image or base
@@ -118,6 +130,7 @@ cdef struct Action:
     uint8_t memory
     uint8_t message
     uint8_t dsync
+    uint8_t unmap
 
 cdef struct Actions:
     Action* items
@@ -125,7 +138,8 @@ cdef struct Actions:
     uint32_t capacity
 
 # What the threads of one device share. Constant once the device runs, but for the states (one
-# writer, the hydrator), `undurable` (the same) and the latch (set once by whoever sees it first).
+# writer, the hydrator), `undurable` (the same), the latch (set once by whoever sees it first) and
+# `image_lost` (set once by the control thread: the image is not what it was).
 cdef struct Shared:
     uint64_t device_bytes
     uint64_t image_bytes
@@ -135,6 +149,8 @@ cdef struct Shared:
     uint16_t queues
     uint16_t depth
     bint copy_on_read
+    uint8_t cache                  # CacheMode
+    uint32_t image_lost
     uint8_t* state                 # [image_stripes] StripeState and the hydrator's flags
     uint8_t* table                 # [image_stripes] 1: the base has it; outlives the process
     uint32_t* latch                # in the table: errno of the first failed fdatasync, or 0
@@ -146,6 +162,18 @@ cdef inline uint8_t stripe_state(Shared* shared, uint32_t stripe) noexcept nogil
     if stripe >= shared.image_stripes:
         return DURABLE
     return load_u8(&shared.state[stripe]) & STATE_MASK
+
+
+cdef inline uint32_t stripe_at(Shared* shared, uint64_t offset) noexcept nogil:
+    """The stripe of a byte. All stripes behind the image are alike, and count as the one behind its
+    last: a huge device has more of them than 32 bits count."""
+    cdef uint64_t stripe = offset >> shared.stripe_shift
+    return <uint32_t>stripe if stripe < shared.image_stripes else shared.image_stripes
+
+
+cdef inline bint image_lost(Shared* shared) noexcept nogil:
+    """The image has changed under us: nothing of it is served or copied any more."""
+    return load_u32(&shared.image_lost) != 0
 
 
 cdef inline uint64_t stripe_offset(Shared* shared, uint32_t stripe) noexcept nogil:

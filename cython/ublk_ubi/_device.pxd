@@ -18,6 +18,7 @@ cdef class DataPlane:
     cdef uint32_t block_count
     cdef uint32_t block_capacity
     cdef size_t descriptors_length  # bytes that each queue maps of ublkc
+    cdef bint zero_copy
     cdef list threads
     cdef readonly int notify_fd
     cdef void* take(self, size_t length) except NULL

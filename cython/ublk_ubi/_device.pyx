@@ -14,7 +14,7 @@ import os
 import threading
 
 from ublk_ubi._abi cimport ubi_ublk_desc_map_len, ubi_ublk_desc_map_offset, ubi_ublk_io_desc
-from ublk_ubi._atomic cimport load_u32, store_u32
+from ublk_ubi._atomic cimport load_u32, store_u32, store_u64
 from ublk_ubi._core cimport Action
 from ublk_ubi._histogram cimport BUCKETS, Histogram, histogram_value
 from ublk_ubi._hydrator cimport (
@@ -39,7 +39,8 @@ cdef enum:
     WANTED_CAPACITY = 8192         # stripes that copy-on-read may have asked for
 
 STATES = ("new", "running", "live", "stopped", "failed")
-OPERATIONS = ("read", "write", "flush")
+OPERATIONS = ("read", "write", "flush", "discard", "write_zeroes")   # by request_kind
+CACHE_MODES = ("writeback", "writethrough", "unsafe")                # by CacheMode
 
 
 cdef uint32_t power_of_two(uint32_t least) noexcept nogil:
@@ -59,16 +60,18 @@ cdef class DataPlane:
     """One device's queue threads and hydrator, on a base that `opener` has opened.
 
     Descriptors stay the caller's and must outlive stop(). `notify_fd` is an eventfd that becomes
-    readable when a thread's state changes.
+    readable when a thread's state changes. `block_bytes` is what direct I/O on image and base
+    takes; `zero_copy` is what the kernel has granted.
     """
 
     def __cinit__(self, Opener opener, *, int queues, int depth, bint copy_on_read,
-                  uint64_t device_bytes):
+                  uint64_t device_bytes, str cache, bint zero_copy, bint base_is_block,
+                  uint32_t block_bytes):
         cdef uint32_t index
         self.notify_fd = -1
         self.threads = []
         self.opener = opener
-        self.block_capacity = 64 + 8 * queues
+        self.block_capacity = 64 + 16 * queues
         self.blocks = <Block*>calloc(self.block_capacity, sizeof(Block))
         if self.blocks == NULL:
             raise MemoryError("no memory for a device")
@@ -83,6 +86,11 @@ cdef class DataPlane:
         self.device.shared.queues = queues
         self.device.shared.depth = depth
         self.device.shared.copy_on_read = copy_on_read
+        self.device.shared.cache = CACHE_MODES.index(cache)
+        self.device.zeros = <const uint8_t*>self.take(opener.stripe_bytes)
+        self.device.block = block_bytes
+        self.device.base_is_block = base_is_block
+        self.zero_copy = zero_copy
         self.device.shared.state = <uint8_t*>self.take(opener.image_stripes)
         self.device.shared.table = opener.lifecycle.table
         self.device.shared.latch = <uint32_t*><uintptr_t>opener.table.latch_address
@@ -165,7 +173,7 @@ cdef class DataPlane:
         memory.pages = self.opener.pages
         hydrator_init(&self.hydrator.hydrator, &self.device.shared, &memory)
         self.init_base(&self.hydrator.base, buffers + PAGE_WINDOW + 1,
-                       tags + buffers + PAGE_WINDOW + 2)
+                       tags + buffers + PAGE_WINDOW + 3)
         snprintf(self.hydrator.base.name, 16, b"ubi-hydrator")
 
     cdef void init_queue(self, uint32_t index) except *:
@@ -176,21 +184,27 @@ cdef class DataPlane:
         thread.started = <uint64_t*>self.take(depth * sizeof(uint64_t))
         thread.buffer_stride = self.device.shared.stripe_bytes
         thread.buffers = <uint8_t*>self.take(depth * thread.buffer_stride)
+        if self.zero_copy:
+            thread.registered = <uint8_t*>self.take(depth)
         self.init_base(&thread.base, depth + 1, depth + 2)
         snprintf(thread.base.name, 16, b"ubi-queue-%u", index)
 
     # -- threads --
 
-    def start_hydrator(self, int image_fd, int base_fd, int sync_fd, int ublkc_fd):
-        """Start the hydrator thread; it is "live" once the device may serve."""
+    def start_hydrator(self, int image_fd, int base_fd, int sync_fd, int ublkc_fd, cpus):
+        """Start the hydrator thread; it is "live" once the device may serve.
+
+        `image_fd` is -1 for a base that is independent of its image; `cpus` is where the thread
+        may run, None for anywhere.
+        """
         cdef uint32_t buffers = self.hydrator.hydrator.buffers
         cdef int[4] files = [image_fd, base_fd, sync_fd, ublkc_fd]
         self.hydrator.base.files = files
         self.hydrator.stripes = <uint8_t*>self.take(buffers * self.device.shared.stripe_bytes)
         self.hydrator.pages = self.opener.pages
-        self.spawn(self.run_hydrator, ())
+        self.spawn(self.run_hydrator, (cpus,))
 
-    def start_queue(self, int index, int image_fd, int base_fd, int sync_fd, int ublkc_fd):
+    def start_queue(self, int index, int image_fd, int base_fd, int sync_fd, int ublkc_fd, cpus):
         """Map the queue's descriptors and start its thread, which fetches every tag."""
         cdef QueueThread* thread = &self.queues[index]
         cdef int[4] files = [image_fd, base_fd, sync_fd, ublkc_fd]
@@ -204,7 +218,7 @@ cdef class DataPlane:
                                  f"{os.strerror(errno)}")
         thread.descriptors = <const ubi_ublk_io_desc*>address
         thread.base.files = files
-        self.spawn(self.run_queue, (index,))
+        self.spawn(self.run_queue, (index, cpus))
 
     def spawn(self, target, args):
         """A thread that the interpreter's end does not wait for."""
@@ -212,13 +226,17 @@ cdef class DataPlane:
         self.threads.append(thread)
         thread.start()
 
-    def run_hydrator(self):
+    def run_hydrator(self, cpus):
         """The hydrator thread's body."""
+        if cpus:
+            os.sched_setaffinity(0, cpus)
         with nogil:
             run_hydrator(&self.hydrator)
 
-    def run_queue(self, int index):
-        """A queue thread's body."""
+    def run_queue(self, int index, cpus):
+        """A queue thread's body. Where it runs is settled before it touches its memory."""
+        if cpus:
+            os.sched_setaffinity(0, cpus)
         with nogil:
             run_queue(&self.queues[index])
 
@@ -257,6 +275,47 @@ cdef class DataPlane:
     def queue_state(self, int index):
         """(state, status) of a queue thread."""
         return STATES[load_u32(&self.queues[index].base.state)], self.queues[index].base.status
+
+    # -- hydration and the image --
+
+    def hydrate(self, bint on):
+        """Copy all of the image in the background, what failed before at once; or pause that."""
+        store_u32(&self.hydrator.hydrate, on)
+        store_u32(&self.hydrator.kicks, self.hydrator.kicks + 1)
+        eventfd_write(self.hydrator.base.wake_fd, 1)
+
+    def set_rate(self, rate):
+        """Limit background hydration to so many bytes a second, at most options.MAX_RATE; None: as
+        fast as can be."""
+        store_u64(&self.hydrator.rate, 0 if rate is None else rate)
+        eventfd_write(self.hydrator.base.wake_fd, 1)
+
+    @property
+    def hydrated(self):
+        """Every stripe of the image is on the base, durably: nobody needs the image."""
+        return load_u32(&self.hydrator.hydrated) != 0
+
+    def lose_image(self):
+        """The image is not what it was: from now on nothing of it is served or copied."""
+        store_u32(&self.device.shared.image_lost, 1)
+
+    def drop_image(self):
+        """Have every thread let go of the image; see image_dropped."""
+        cdef uint32_t index
+        store_u32(&self.hydrator.base.drop_image, 1)
+        eventfd_write(self.hydrator.base.wake_fd, 1)
+        for index in range(self.device.shared.queues):
+            store_u32(&self.queues[index].base.drop_image, 1)
+            eventfd_write(self.queues[index].base.wake_fd, 1)
+
+    @property
+    def image_dropped(self):
+        """All threads have let go of it."""
+        cdef uint32_t index
+        for index in range(self.device.shared.queues):
+            if not load_u32(&self.queues[index].base.image_dropped):
+                return False
+        return load_u32(&self.hydrator.base.image_dropped) != 0
 
     @property
     def latch(self):
@@ -302,8 +361,13 @@ cdef class DataPlane:
         return {
             "cold_reads": sum(queue["cold_reads"] for queue in queues),
             "queue_syncs": sum(queue["syncs"] for queue in queues),
+            "fallbacks": sum(self.queues[index].fallbacks
+                             for index in range(self.device.shared.queues)),
             "hydration": {
                 "stripes": stats.stripes, "bytes": stats.bytes, "errors": stats.errors,
+                "zeros": stats.zeros, "passes": stats.passes, "failed": stats.failed,
+                "last_error": -stats.last_error,
+                "retry_in_s": self.hydrator.hydrator.retry_ticks,
                 "whole_stripe_writes": stats.whole_stripe_writes,
                 "hints_dropped": stats.hints_dropped,
             },

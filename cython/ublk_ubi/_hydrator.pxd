@@ -2,8 +2,8 @@
 
 Transitions (state[] is written in `set_state` alone)
 
-    ABSENT       → FETCHING       a buffer is free and someone asked (demand before copy-on-read)
-    FETCHING     → PRESENT        image read, base written
+    ABSENT       → FETCHING       a buffer is free: demand before copy-on-read before background
+    FETCHING     → PRESENT        image read, base written (zeroed, if the stripe is all zeros)
     FETCHING     → ABSENT         either failed: who needed it gets its errno, the next may try
     FETCHING     → OVERWRITING    either failed, and a whole-stripe write waited: it needs no image
     ABSENT       → OVERWRITING    a whole-stripe write claimed it
@@ -18,12 +18,19 @@ Commit round, one at a time
     the joiners' list is closed → D = PRESENT stripes → fdatasync → D's bits into the shadow pages,
     pages written → fdatasync → D is DURABLE, the joiners are answered
 
+Background hydration goes through the image in passes, as fast as EVENT_BUDGET allows, with at most
+half of the buffers. Stripes that fail are passed over; the next pass begins after 1, 2, 4 … 64
+ticks. A base that is full ends a pass at once.
+
 Invariants
 - A header bit is written only after an fdatasync that began after its stripe's data was complete.
 - Shadow pages hold bits of DURABLE stripes and of D only; other bytes stay as found on the base.
 - D is taken after the joiners are closed: what was PRESENT when a joiner came is in D or DURABLE.
 - `undurable` counts a stripe before it is seen PRESENT and until its round has ended well.
 - After a failed fdatasync (the latch) no bit is written and every joiner gets EIO.
+- Demand always has a stripe buffer: others leave `reserve` of them alone.
+- Once the image is lost nothing of it is copied, what was read of it and not written included.
+- HYDRATED is said once, when every stripe is DURABLE: from then on nobody needs the image.
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -33,6 +40,8 @@ from ublk_ubi._core cimport Actions, Event, Shared
 cdef enum:
     # Page writes in flight at once.
     PAGE_WINDOW = 16
+    # Ticks between the passes of background hydration, at the most.
+    MAX_BACKOFF = 64
 
 cdef enum FetchPhase:
     FETCH_FREE = 0
@@ -56,6 +65,7 @@ cdef enum Life:
 cdef struct Fetch:
     uint32_t stripe
     uint8_t phase
+    uint8_t background             # nobody asked for it
 
 # What a request waits for: one node a tag of every queue, in a list of its stripe's hash bucket or
 # in a list of joiners. Lists are first come, first served.
@@ -78,6 +88,7 @@ cdef struct HydratorStats:
     uint64_t stripes               # hydrated from the image
     uint64_t bytes
     uint64_t errors                # fetches that failed
+    uint64_t zeros                 # … of `stripes` those that were all zeros
     uint64_t whole_stripe_writes
     uint64_t rounds
     uint64_t round_errors
@@ -86,6 +97,9 @@ cdef struct HydratorStats:
     uint64_t hints_dropped
     uint64_t present               # stripes that the base has, DURABLE ones included
     uint64_t durable
+    uint64_t passes                # of background hydration, ended
+    uint64_t failed                # stripes that background hydration could not copy, all in all
+    int32_t last_error             # -errno of the last of them
 
 cdef struct Hydrator:
     Shared* shared
@@ -114,6 +128,15 @@ cdef struct Hydrator:
     int32_t stop_result            # of the last round, once stopping
     uint8_t round
     uint8_t life
+    uint8_t hydrated               # HYDRATED was said
+    uint8_t background             # on
+    uint32_t cursor                # the next stripe that background hydration looks at
+    uint32_t background_fetches    # in flight
+    uint32_t background_most
+    uint32_t pass_failed           # stripes that failed in this pass
+    uint32_t retry_ticks           # until the next pass begins
+    uint32_t backoff_ticks
+    uint64_t budget                # bytes that background hydration may still begin to copy
     HydratorStats stats
 
 # Everything the engine works on, allocated by its owner and zeroed.
@@ -135,7 +158,7 @@ cdef struct HydratorMemory:
 
 cdef void hydrator_init(Hydrator* hydrator, Shared* shared,
                         const HydratorMemory* memory) noexcept nogil
-# Emits at most queues × depth + buffers + PAGE_WINDOW + 2 actions.
+# Emits at most queues × depth + buffers + PAGE_WINDOW + 3 actions.
 cdef void hydrator_step(Hydrator* hydrator, const Event* event, Actions* actions) noexcept nogil
 
 

@@ -1,16 +1,17 @@
 """The hydrator engine; its states and invariants are in _hydrator.pxd."""
 
-from libc.errno cimport EIO
+from libc.errno cimport EIO, ENOSPC
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from ublk_ubi._atomic cimport add_i64, ensure, load_i64, load_u32, set_once_u32, store_u8
 from ublk_ubi._core cimport (
-    ABSENT, ACT_READ_IMAGE, ACT_SEND, ACT_STARTED, ACT_STOPPED, ACT_SYNC_BASE, ACT_WRITE_BASE,
-    CLAIMED, DATA_OFFSET, DURABLE, EVENT_DONE, EVENT_MESSAGE, EVENT_START, EVENT_STOP, EVENT_TICK,
-    FETCHING, IN_ROUND, MEM_PAGE, MEM_STRIPE, MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN,
-    MSG_WANT, MSG_WRITTEN, NONE32, OVERWRITING, PAGE, PRESENT, QUEUED, STATE_MASK, WANTED, Action,
-    Actions, Event, Shared, emit, stripe_offset,
+    ABSENT, ACT_HYDRATED, ACT_READ_IMAGE, ACT_SEND, ACT_STARTED, ACT_STOPPED, ACT_SYNC_BASE,
+    ACT_WRITE_BASE, ACT_ZERO_BASE, CLAIMED, DATA_OFFSET, DURABLE, EVENT_BUDGET, EVENT_DONE,
+    EVENT_HYDRATE, EVENT_MESSAGE, EVENT_START, EVENT_STOP, EVENT_TICK, FETCHING, IN_ROUND, MEM_PAGE,
+    MEM_STRIPE, MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN,
+    NONE32, OVERWRITING, PAGE, PRESENT, QUEUED, STATE_MASK, WANTED, Action, Actions, Event, Shared,
+    emit, image_lost, stripe_offset,
 )
 
 
@@ -55,6 +56,8 @@ cdef void hydrator_init(Hydrator* hydrator, Shared* shared,
     # One buffer at least for each kind of asker.
     ensure(memory.buffers >= 2, b"demand and copy-on-read both need a stripe buffer")
     hydrator.reserve = memory.buffers // 4 if memory.buffers >= 4 else 1
+    hydrator.background_most = memory.buffers // 2
+    hydrator.backoff_ticks = 1
     for i in range(memory.buffers):
         memory.fetches[i].phase = FETCH_FREE
         memory.free_buffers[i] = memory.buffers - 1 - i
@@ -206,7 +209,8 @@ cdef void demand_stripe(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
     set_state(hydrator, stripe, ABSENT | QUEUED)
 
 
-cdef void start_fetch(Hydrator* hydrator, uint32_t stripe, Actions* actions) noexcept nogil:
+cdef void start_fetch(Hydrator* hydrator, uint32_t stripe, bint background,
+                      Actions* actions) noexcept nogil:
     cdef uint64_t offset = stripe_offset(hydrator.shared, stripe)
     cdef uint64_t left = hydrator.shared.image_bytes - offset
     cdef uint32_t length = hydrator.shared.stripe_bytes
@@ -218,6 +222,8 @@ cdef void start_fetch(Hydrator* hydrator, uint32_t stripe, Actions* actions) noe
     ensure(hydrator.fetches[index].phase == FETCH_FREE, b"a buffer on the free stack is free")
     hydrator.fetches[index].stripe = stripe
     hydrator.fetches[index].phase = FETCH_READ
+    hydrator.fetches[index].background = background
+    hydrator.background_fetches += background
     set_state(hydrator, stripe, FETCHING)
     action = emit(actions, ACT_READ_IMAGE)
     action.memory = MEM_STRIPE
@@ -230,21 +236,97 @@ cdef void start_fetch(Hydrator* hydrator, uint32_t stripe, Actions* actions) noe
 
 
 cdef void start_fetches(Hydrator* hydrator, Actions* actions) noexcept nogil:
-    """Give free buffers to demand first; copy-on-read leaves `reserve` of them alone."""
+    """Give free buffers to demand first; the others leave `reserve` of them alone."""
     cdef uint32_t stripe
+    if image_lost(hydrator.shared):
+        fail_demand(hydrator, actions)
+        return
     while hydrator.free_count > 0:
         stripe = fifo_pop(&hydrator.demand)
         if stripe == NONE32:
             break
-        start_fetch(hydrator, stripe, actions)
-    while hydrator.free_count > hydrator.reserve and hydrator.life == LIFE_RUNNING:
+        start_fetch(hydrator, stripe, False, actions)
+    if hydrator.life != LIFE_RUNNING:
+        return
+    while hydrator.free_count > hydrator.reserve:
         stripe = fifo_pop(&hydrator.wanted)
         if stripe == NONE32:
             break
         # It may have been demanded, claimed or hydrated since.
         if hydrator.shared.state[stripe] == (ABSENT | WANTED):
-            start_fetch(hydrator, stripe, actions)
+            start_fetch(hydrator, stripe, False, actions)
+    if hydrator.background:
+        start_background(hydrator, actions)
 
+
+cdef void fail_demand(Hydrator* hydrator, Actions* actions) noexcept nogil:
+    """The image is lost: who needs it is told. A whole-stripe write needs none."""
+    cdef uint32_t stripe = fifo_pop(&hydrator.demand)
+    while stripe != NONE32:
+        hydrator.stats.errors += 1
+        set_state(hydrator, stripe, ABSENT)
+        wake(hydrator, stripe, -EIO, actions)
+        stripe = fifo_pop(&hydrator.demand)
+
+
+# -- background hydration ------------------------------------------------------------------------
+
+cdef void start_background(Hydrator* hydrator, Actions* actions) noexcept nogil:
+    """Copy the next stripes that nobody has asked for, as far as budget and buffers go."""
+    cdef Shared* shared = hydrator.shared
+    if hydrator.retry_ticks > 0 or latched(hydrator):
+        return
+    while (hydrator.free_count > hydrator.reserve
+            and hydrator.background_fetches < hydrator.background_most
+            and hydrator.budget >= shared.stripe_bytes):
+        while (hydrator.cursor < shared.image_stripes
+                and (shared.state[hydrator.cursor] & ~<uint8_t>WANTED) != ABSENT):
+            hydrator.cursor += 1
+        if hydrator.cursor == shared.image_stripes:
+            end_pass(hydrator)
+            return
+        hydrator.budget -= shared.stripe_bytes
+        start_fetch(hydrator, hydrator.cursor, True, actions)
+
+
+cdef void end_pass(Hydrator* hydrator) noexcept nogil:
+    """What was passed over comes in the next pass: after a tick, or later each time it fails."""
+    hydrator.stats.passes += 1
+    hydrator.cursor = 0
+    hydrator.retry_ticks = 1
+    if hydrator.pass_failed > 0:
+        hydrator.pass_failed = 0
+        hydrator.retry_ticks = hydrator.backoff_ticks
+        if hydrator.backoff_ticks < MAX_BACKOFF:
+            hydrator.backoff_ticks *= 2
+
+
+cdef void background_failed(Hydrator* hydrator, int32_t result) noexcept nogil:
+    hydrator.pass_failed += 1
+    hydrator.stats.failed += 1
+    hydrator.stats.last_error = result
+    if result == -ENOSPC and hydrator.retry_ticks == 0:
+        # Every other stripe would fail, too, after it was read.
+        end_pass(hydrator)
+
+
+cdef void on_hydrate(Hydrator* hydrator, bint on, Actions* actions) noexcept nogil:
+    """Begin, and with what failed before; or pause: what is in flight ends."""
+    hydrator.background = on
+    hydrator.cursor = 0
+    hydrator.pass_failed = 0
+    hydrator.retry_ticks = 0
+    hydrator.backoff_ticks = 1
+    start_fetches(hydrator, actions)
+
+
+cdef void tick_background(Hydrator* hydrator, Actions* actions) noexcept nogil:
+    if hydrator.background and hydrator.retry_ticks > 0:
+        hydrator.retry_ticks -= 1
+        start_fetches(hydrator, actions)
+
+
+# -- the end of a copy ---------------------------------------------------------------------------
 
 cdef void end_fetch(Hydrator* hydrator, uint32_t index, int32_t result,
                     Actions* actions) noexcept nogil:
@@ -252,8 +334,11 @@ cdef void end_fetch(Hydrator* hydrator, uint32_t index, int32_t result,
     hydrator.fetches[index].phase = FETCH_FREE
     hydrator.free_buffers[hydrator.free_count] = index
     hydrator.free_count += 1
+    hydrator.background_fetches -= hydrator.fetches[index].background
     if result < 0:
         hydrator.stats.errors += 1
+        if hydrator.fetches[index].background:
+            background_failed(hydrator, result)
         set_state(hydrator, stripe, ABSENT)
         if hydrator.life == LIFE_STARTING:
             started(hydrator, result, actions)
@@ -266,23 +351,36 @@ cdef void end_fetch(Hydrator* hydrator, uint32_t index, int32_t result,
     start_fetches(hydrator, actions)
 
 
-cdef void on_fetch_done(Hydrator* hydrator, uint32_t index, int32_t result,
+cdef void store_fetched(Hydrator* hydrator, uint32_t index, bint zeros,
                         Actions* actions) noexcept nogil:
+    """Write what was read. A stripe of zeros is zeroed: before, anything may be on the base."""
     cdef Fetch* fetch = &hydrator.fetches[index]
-    cdef Action* action
-    if fetch.phase == FETCH_READ and result >= 0:
-        fetch.phase = FETCH_WRITE
-        action = emit(actions, ACT_WRITE_BASE)
-        action.memory = MEM_STRIPE
-        action.index = index
-        action.token = index
-        action.stripe = fetch.stripe
-        action.offset = DATA_OFFSET + stripe_offset(hydrator.shared, fetch.stripe)
-        action.length = hydrator.shared.stripe_bytes
-        action.minimum = action.length
+    cdef Action* action = emit(actions, ACT_ZERO_BASE if zeros else ACT_WRITE_BASE)
+    fetch.phase = FETCH_WRITE
+    if zeros:
+        hydrator.stats.zeros += 1
+        action.unmap = True
+        if fetch.background and hydrator.budget <= <uint64_t>-1 - hydrator.shared.stripe_bytes:
+            hydrator.budget += hydrator.shared.stripe_bytes
+    action.memory = MEM_STRIPE
+    action.index = index
+    action.token = index
+    action.stripe = fetch.stripe
+    action.offset = DATA_OFFSET + stripe_offset(hydrator.shared, fetch.stripe)
+    action.length = hydrator.shared.stripe_bytes
+    action.minimum = action.length
+
+
+cdef void on_fetch_done(Hydrator* hydrator, uint32_t index, const Event* event,
+                        Actions* actions) noexcept nogil:
+    cdef uint8_t phase = hydrator.fetches[index].phase
+    ensure(phase != FETCH_FREE, b"I/O ends only for a buffer in use")
+    if phase == FETCH_WRITE or event.result < 0:
+        end_fetch(hydrator, index, event.result, actions)
+    elif image_lost(hydrator.shared):
+        end_fetch(hydrator, index, -EIO, actions)
     else:
-        ensure(fetch.phase != FETCH_FREE, b"I/O ends only for a buffer in use")
-        end_fetch(hydrator, index, result, actions)
+        store_fetched(hydrator, index, event.zeros, actions)
 
 
 # -- commit rounds -------------------------------------------------------------------------------
@@ -513,7 +611,7 @@ cdef void on_want(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
         hydrator.stats.hints_dropped += 1
 
 
-cdef void on_hydrate(Hydrator* hydrator, uint32_t node, Actions* actions) noexcept nogil:
+cdef void on_demand(Hydrator* hydrator, uint32_t node, Actions* actions) noexcept nogil:
     cdef uint32_t stripe = hydrator.waiters[node].stripe
     if state_of(hydrator, stripe) >= PRESENT:
         answer(hydrator, node, MSG_GRANT, 0, actions)
@@ -529,7 +627,7 @@ cdef void on_claim(Hydrator* hydrator, uint32_t node, Actions* actions) noexcept
         set_state(hydrator, stripe, OVERWRITING)
         answer(hydrator, node, MSG_GRANT, CLAIMED, actions)
     else:
-        on_hydrate(hydrator, node, actions)
+        on_demand(hydrator, node, actions)
 
 
 cdef void on_written(Hydrator* hydrator, uint32_t node, int32_t result,
@@ -572,7 +670,7 @@ cdef void on_message(Hydrator* hydrator, const Event* event, Actions* actions) n
     hydrator.waiters[node].stripe = event.stripe
     hydrator.waiters[node].asked = event.op
     if event.op == MSG_HYDRATE:
-        on_hydrate(hydrator, node, actions)
+        on_demand(hydrator, node, actions)
     elif event.op == MSG_CLAIM:
         on_claim(hydrator, node, actions)
     elif event.op == MSG_WRITTEN:
@@ -588,7 +686,7 @@ cdef void on_message(Hydrator* hydrator, const Event* event, Actions* actions) n
 
 cdef void on_done(Hydrator* hydrator, const Event* event, Actions* actions) noexcept nogil:
     if event.token < hydrator.buffers:
-        on_fetch_done(hydrator, event.token, event.result, actions)
+        on_fetch_done(hydrator, event.token, event, actions)
     elif event.token < hydrator.buffers + PAGE_WINDOW:
         on_page_done(hydrator, event.token - hydrator.buffers, event.result, actions)
     else:
@@ -606,6 +704,12 @@ cdef void hydrator_step(Hydrator* hydrator, const Event* event, Actions* actions
         if (hydrator.round == ROUND_IDLE and hydrator.present_count > 0
                 and hydrator.life == LIFE_RUNNING and not latched(hydrator)):
             start_round(hydrator, actions)
+        tick_background(hydrator, actions)
+    elif event.kind == EVENT_BUDGET:
+        hydrator.budget = event.offset
+        start_fetches(hydrator, actions)
+    elif event.kind == EVENT_HYDRATE:
+        on_hydrate(hydrator, event.op != 0, actions)
     elif event.kind == EVENT_START:
         on_start(hydrator, actions)
     elif event.kind == EVENT_STOP:
@@ -613,5 +717,9 @@ cdef void hydrator_step(Hydrator* hydrator, const Event* event, Actions* actions
         if hydrator.life != LIFE_STOPPED:
             hydrator.life = LIFE_STOPPING
     else:
-        ensure(False, b"the hydrator knows messages, completions, ticks, START and STOP")
+        ensure(False, b"an event is one that the hydrator knows")
     settle(hydrator, actions)
+    if (hydrator.stats.durable == hydrator.shared.image_stripes and not hydrator.hydrated
+            and hydrator.life == LIFE_RUNNING):
+        hydrator.hydrated = True
+        emit(actions, ACT_HYDRATED)

@@ -21,6 +21,8 @@ Invariants
 - Whoever finds the base open in this boot without its very table refuses: acknowledged writes may
   be known to that table alone.
 
+- Without an image only a base opens whose headers say that it has every stripe.
+
 Who opens, what is found
 
     slot         table                            do
@@ -121,6 +123,7 @@ cdef enum Refusal:
     REFUSE_STALE = 16
     REFUSE_LATCHED = 17
     REFUSE_FOREIGN_WRITER = 18
+    REFUSE_NEEDS_IMAGE = 19        # no image was given, and the base does not have all of it
 
 # Whose table it is: all of it must match.
 cdef struct TableIdentity:
@@ -148,6 +151,7 @@ cdef struct LifecycleOptions:
     bint adopt
     bint force
     bint force_stale
+    bint no_image                  # what is recorded stands for size and fingerprint
 
 cdef struct Lifecycle:
     LifecycleOptions options

@@ -10,9 +10,9 @@ from ublk_ubi._core cimport (
     Actions, Event, Shared, emit,
 )
 from ublk_ubi._format cimport (
-    COUNTER_BITS, FLAG_OPEN, SLOT_BYTES, SLOT_DAMAGED, SLOT_NEWER, SLOT_OFFSET, SLOT_VALID, SLOT_ZERO, Slot,
-    VERSION_CLOSED, VERSION_OPEN, all_zero, head_has_magic, head_major, head_minor, head_write,
-    slot_check, slot_seal,
+    COUNTER_BITS, FLAG_OPEN, SLOT_BYTES, SLOT_DAMAGED, SLOT_NEWER, SLOT_OFFSET, SLOT_VALID,
+    SLOT_ZERO, VERSION_CLOSED, VERSION_OPEN, Slot, all_zero, head_has_magic, head_major, head_minor,
+    head_write, slot_check, slot_seal,
 )
 from ublk_ubi._hydrator cimport header_offset, header_page
 
@@ -110,6 +110,9 @@ cdef void create(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     if lifecycle.errno_ != 0:
         refuse(lifecycle, REFUSE_IO)
         return
+    if lifecycle.options.no_image:
+        refuse(lifecycle, REFUSE_NEEDS_IMAGE)
+        return
     if stripe_bytes == 0:
         stripe_bytes = lifecycle.options.default_stripe_bytes
     if not set_geometry(lifecycle, stripe_bytes):
@@ -127,6 +130,8 @@ cdef void adopt(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     lifecycle.stripe_bytes = recorded
     if not lifecycle.options.adopt:
         refuse(lifecycle, REFUSE_ADOPT)
+    elif lifecycle.options.no_image:
+        refuse(lifecycle, REFUSE_NEEDS_IMAGE)
     elif recorded == 0 and asked == 0:
         refuse(lifecycle, REFUSE_STRIPE_UNKNOWN)
     elif asked != 0 and ((asked >> 10) & 0xff) << 10 != recorded:
@@ -200,6 +205,9 @@ cdef void check_recorded(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     """A disk of ours: what it records governs."""
     cdef LifecycleOptions* options = &lifecycle.options
     lifecycle.stripe_bytes = lifecycle.slot.stripe_bytes
+    if options.no_image:
+        options.image_bytes = lifecycle.slot.image_bytes
+        memcpy(options.fingerprint, lifecycle.slot.fingerprint, 32)
     if options.stripe_bytes != 0 and options.stripe_bytes != lifecycle.slot.stripe_bytes:
         refuse(lifecycle, REFUSE_STRIPE_SIZE)
     elif options.image_bytes != lifecycle.slot.image_bytes:
@@ -217,6 +225,9 @@ cdef void read_pages(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     cdef uint64_t left
     if lifecycle.phase != PHASE_READ_PAGES:
         lifecycle.position = 0
+    if lifecycle.position == end and lifecycle.options.no_image and not is_full(lifecycle):
+        refuse(lifecycle, REFUSE_NEEDS_IMAGE)
+        return
     if lifecycle.position == end:
         host(lifecycle, PHASE_FIND_TABLE, HOST_FIND_TABLE, actions)
         return
@@ -302,6 +313,15 @@ cdef void plan_generation(Lifecycle* lifecycle, Actions* actions) noexcept nogil
 
 cdef inline bint header_bit(Lifecycle* lifecycle, uint32_t stripe) noexcept nogil:
     return lifecycle.pages[header_offset(stripe)] != 0
+
+
+cdef bint is_full(Lifecycle* lifecycle) noexcept nogil:
+    """The base has every stripe of the image, for certain."""
+    cdef uint32_t stripe
+    for stripe in range(lifecycle.image_stripes):
+        if not header_bit(lifecycle, stripe):
+            return False
+    return True
 
 
 cdef void fill_table(Lifecycle* lifecycle) noexcept nogil:

@@ -36,7 +36,7 @@ cdef enum:
 REFUSALS = (
     "nothing", "io", "foreign", "version", "damaged", "newer", "adopt", "stripe_unknown",
     "stripe_size", "stripe_range", "too_many_stripes", "too_small", "image_size", "fingerprint",
-    "live", "copy", "stale", "latched", "foreign_writer",
+    "live", "copy", "stale", "latched", "foreign_writer", "needs_image",
 )
 
 
@@ -105,7 +105,7 @@ cdef class Opener:
     def __init__(self, *, int base_fd, int sync_fd, uint64_t base_bytes, uint64_t image_bytes,
                  identity, bytes fingerprint, bytes new_uuid, bytes boot_id, uint32_t stripe_bytes,
                  uint32_t default_stripe_bytes, bint format, bint adopt, bint force,
-                 bint force_stale):
+                 bint force_stale, bint no_image):
         cdef LifecycleOptions options
         if len(fingerprint) != 32 or len(new_uuid) != 16 or len(boot_id) != 16:
             raise ValueError("fingerprint has 32 bytes, UUID and boot id have 16")
@@ -124,6 +124,7 @@ cdef class Opener:
         options.adopt = adopt
         options.force = force
         options.force_stale = force_stale
+        options.no_image = no_image
         lifecycle_init(&self.lifecycle, &options, self.pages, self.scratch)
 
     def open(self, host):
@@ -234,6 +235,10 @@ cdef class Opener:
     @property
     def sequence(self):
         return self.lifecycle.slot.sequence
+
+    @property
+    def fingerprint(self):
+        return self.lifecycle.slot.fingerprint[:32]
 
     @property
     def recorded_image_bytes(self):

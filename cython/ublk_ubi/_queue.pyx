@@ -6,10 +6,12 @@ from libc.string cimport memset
 
 from ublk_ubi._atomic cimport ensure, load_i64, load_u32, set_once_u32
 from ublk_ubi._core cimport (
-    ACT_COMPLETE, ACT_READ_BASE, ACT_READ_IMAGE, ACT_SEND, ACT_SYNC_BASE, ACT_WRITE_BASE, CLAIMED,
-    DATA_OFFSET, DURABLE, EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST, MEM_REQUEST, MSG_CLAIM,
-    MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN, NONE16, OP_FLUSH, OP_READ,
-    OP_WRITE, PRESENT, Action, Actions, Event, Shared, emit, stripe_state,
+    ACT_COMPLETE, ACT_DISCARD_BASE, ACT_READ_BASE, ACT_READ_IMAGE, ACT_SEND, ACT_SYNC_BASE,
+    ACT_WRITE_BASE, ACT_ZERO_BASE, CACHE_UNSAFE, CACHE_WRITETHROUGH, CLAIMED, DATA_OFFSET, DURABLE,
+    EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST, MEM_REQUEST, MSG_CLAIM, MSG_DONE, MSG_GRANT,
+    MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN, NONE16, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE,
+    OP_WRITE_ZEROES, PRESENT, Action, Actions, Event, Shared, emit, image_lost, stripe_at,
+    stripe_state,
 )
 
 
@@ -33,15 +35,16 @@ cdef void complete(Queue* queue, uint16_t tag, int32_t result, Actions* actions)
     differs by version (drivers/block/ublk_drv.c, __ublk_complete_rq)."""
     cdef Request* request = &queue.requests[tag]
     cdef Action* action
+    cdef int kind = request_kind(request.op)
     ensure(request.state != IDLE, b"a request completes once")
     request.state = IDLE
     queue.active -= 1
-    if request.op <= OP_FLUSH:
-        queue.stats.count[request.op] += 1
+    if kind >= 0:
+        queue.stats.count[kind] += 1
         if result < 0:
-            queue.stats.errors[request.op] += 1
+            queue.stats.errors[kind] += 1
         else:
-            queue.stats.bytes[request.op] += request.length
+            queue.stats.bytes[kind] += request.length
     action = emit(actions, ACT_COMPLETE)
     action.tag = tag
     action.result = result if result < 0 else <int32_t>request.length
@@ -85,23 +88,36 @@ cdef void start_io(Queue* queue, uint16_t tag, uint8_t state, uint8_t kind, bint
     action.length = request.length
     action.minimum = request.length
     action.dsync = dsync
+    action.unmap = request.unmap
     action.offset = request.offset
     if kind != ACT_READ_IMAGE:
         action.offset += DATA_OFFSET
 
 
+cdef inline uint8_t write_kind(const Request* request) noexcept nogil:
+    return ACT_WRITE_BASE if request.op == OP_WRITE else ACT_ZERO_BASE
+
+
 cdef void start_write(Queue* queue, uint16_t tag, Actions* actions) noexcept nogil:
-    """Write to a stripe that the base has. Whether a round must follow is settled here, before the
-    write is issued: a later DURABLE says nothing about this write's data."""
+    """Write to a stripe that the base has. What must follow is settled here, before the write is
+    issued: a later DURABLE says nothing about this write's data."""
     cdef Request* request = &queue.requests[tag]
     cdef uint8_t state = stripe_state(queue.shared, request.stripe)
+    cdef uint8_t kind = write_kind(request)
+    cdef bint dsync = False
     ensure(state >= PRESENT, b"a guest's write goes only to a stripe that the base has")
-    request.joins = request.fua and state != DURABLE
-    start_io(queue, tag, WRITING, ACT_WRITE_BASE, request.fua and state == DURABLE, actions)
+    if request.durable:
+        if state != DURABLE:
+            request.follows = FOLLOWS_ROUND
+        elif kind == ACT_WRITE_BASE:
+            dsync = True
+        else:
+            request.follows = FOLLOWS_SYNC
+    start_io(queue, tag, WRITING, kind, dsync, actions)
 
 
 cdef void start_sync(Queue* queue, Actions* actions) noexcept nogil:
-    """fdatasync for every flush that waits; those that come later wait for the next one."""
+    """fdatasync for all who wait; those that come later wait for the next one."""
     cdef Action* action
     ensure(not queue.syncing, b"a queue runs one fdatasync at a time")
     queue.sync_running = queue.sync_next
@@ -112,26 +128,34 @@ cdef void start_sync(Queue* queue, Actions* actions) noexcept nogil:
     action.token = queue.depth
 
 
+cdef void await_sync(Queue* queue, uint16_t tag, Actions* actions) noexcept nogil:
+    queue.requests[tag].state = AWAITING_SYNC
+    queue.requests[tag].next = queue.sync_next
+    queue.sync_next = tag
+    if not queue.syncing:
+        start_sync(queue, actions)
+
+
 # -- events --------------------------------------------------------------------------------------
 
 cdef void on_flush(Queue* queue, uint16_t tag, Actions* actions) noexcept nogil:
-    cdef Request* request = &queue.requests[tag]
     if latched(queue):
         complete(queue, tag, -EIO, actions)
+    elif queue.shared.cache == CACHE_UNSAFE:
+        complete(queue, tag, 0, actions)
     elif load_i64(&queue.shared.undurable) != 0:
         ask(queue, tag, AWAITING_ROUND, MSG_JOIN, 0, actions)
     else:
-        request.state = AWAITING_SYNC
-        request.next = queue.sync_next
-        queue.sync_next = tag
-        if not queue.syncing:
-            start_sync(queue, actions)
+        await_sync(queue, tag, actions)
 
 
 cdef void on_read(Queue* queue, uint16_t tag, Actions* actions) noexcept nogil:
     cdef Request* request = &queue.requests[tag]
     if stripe_state(queue.shared, request.stripe) >= PRESENT:
         start_io(queue, tag, READING_BASE, ACT_READ_BASE, False, actions)
+        return
+    if image_lost(queue.shared):
+        complete(queue, tag, -EIO, actions)
         return
     queue.stats.cold_reads += 1
     start_io(queue, tag, READING_IMAGE, ACT_READ_IMAGE, False, actions)
@@ -141,7 +165,7 @@ cdef void on_read(Queue* queue, uint16_t tag, Actions* actions) noexcept nogil:
 
 cdef void on_write(Queue* queue, uint16_t tag, Actions* actions) noexcept nogil:
     cdef Request* request = &queue.requests[tag]
-    if request.fua and latched(queue):
+    if request.durable and latched(queue):
         complete(queue, tag, -EIO, actions)
     elif stripe_state(queue.shared, request.stripe) >= PRESENT:
         start_write(queue, tag, actions)
@@ -151,43 +175,82 @@ cdef void on_write(Queue* queue, uint16_t tag, Actions* actions) noexcept nogil:
         ask(queue, tag, AWAITING_STRIPE, MSG_HYDRATE, 0, actions)
 
 
+cdef void discard_more(Queue* queue, uint16_t tag, Actions* actions) noexcept nogil:
+    """Discard the next row of stripes that the base has, in one piece. A stripe that the base comes
+    to have meanwhile may be passed over: a discard is a hint."""
+    cdef Request* request = &queue.requests[tag]
+    cdef Shared* shared = queue.shared
+    cdef uint64_t end = request.offset + request.length
+    cdef uint64_t start = request.position
+    cdef uint64_t stop
+    cdef Action* action
+    while start < end and stripe_state(shared, stripe_at(shared, start)) < PRESENT:
+        start = next_stripe(shared, start)
+    if start >= end:
+        complete(queue, tag, 0, actions)
+        return
+    stop = start
+    while stop < end and stripe_state(shared, stripe_at(shared, stop)) >= PRESENT:
+        stop = end if stripe_at(shared, stop) == shared.image_stripes else next_stripe(shared, stop)
+    request.position = end if stop > end else stop
+    request.state = DISCARDING
+    action = emit(actions, ACT_DISCARD_BASE)
+    action.token = tag
+    action.tag = tag
+    action.offset = DATA_OFFSET + start
+    action.length = <uint32_t>(request.position - start)
+
+
+cdef inline uint64_t next_stripe(Shared* shared, uint64_t offset) noexcept nogil:
+    """The first byte of the stripe behind that of `offset`."""
+    return ((offset >> shared.stripe_shift) + 1) << shared.stripe_shift
+
+
+cdef inline bint is_valid(Shared* shared, const Event* event) noexcept nogil:
+    """What the kernel sends: chunk_sectors keeps all but a DISCARD inside a stripe."""
+    if (event.length == 0 or event.offset >= shared.device_bytes
+            or event.length > shared.device_bytes - event.offset):
+        return False
+    return (event.op == OP_DISCARD
+            or (event.offset & (shared.stripe_bytes - 1)) + event.length <= shared.stripe_bytes)
+
+
+cdef inline bint is_durable(Shared* shared, const Event* event) noexcept nogil:
+    """Whether a write must be durable when it completes."""
+    return (shared.cache != CACHE_UNSAFE and (event.fua or shared.cache == CACHE_WRITETHROUGH)
+            and (event.op == OP_WRITE or event.op == OP_WRITE_ZEROES))
+
+
 cdef void on_request(Queue* queue, const Event* event, Actions* actions) noexcept nogil:
     cdef uint16_t tag = event.tag
     cdef Request* request
-    cdef Shared* shared = queue.shared
-    cdef uint64_t stripe
     ensure(tag < queue.depth, b"a tag is below the queue's depth")
     request = &queue.requests[tag]
     ensure(request.state == IDLE, b"a tag carries one request at a time")
+    memset(request, 0, sizeof(Request))
     request.op = event.op
-    request.fua = event.fua
-    request.joins = False
-    request.result = 0
+    request.durable = is_durable(queue.shared, event)
+    request.unmap = event.unmap
     request.state = WRITING
     queue.active += 1
     if event.op == OP_FLUSH:
         # A flush's start sector is 2^64 − 1: no stripe is derived from it.
-        request.offset = 0
-        request.length = 0
-        request.stripe = 0
         on_flush(queue, tag, actions)
         return
     request.offset = event.offset
     request.length = event.length
-    if event.op != OP_READ and event.op != OP_WRITE:
+    if event.op > OP_DISCARD and event.op != OP_WRITE_ZEROES:
         complete(queue, tag, -EOPNOTSUPP, actions)
         return
-    if (event.length == 0 or event.offset >= shared.device_bytes
-            or event.length > shared.device_bytes - event.offset
-            or (event.offset & (shared.stripe_bytes - 1)) + event.length > shared.stripe_bytes):
-        # chunk_sectors keeps READ and WRITE inside a stripe; anything else is not from the kernel.
+    if not is_valid(queue.shared, event):
         complete(queue, tag, -EINVAL, actions)
         return
-    # All stripes behind the image are alike; a huge device has more of them than 32 bits count.
-    stripe = event.offset >> shared.stripe_shift
-    request.stripe = <uint32_t>stripe if stripe < shared.image_stripes else shared.image_stripes
+    request.stripe = stripe_at(queue.shared, event.offset)
     if event.op == OP_READ:
         on_read(queue, tag, actions)
+    elif event.op == OP_DISCARD:
+        request.position = event.offset
+        discard_more(queue, tag, actions)
     else:
         on_write(queue, tag, actions)
 
@@ -197,12 +260,22 @@ cdef void on_write_done(Queue* queue, uint16_t tag, int32_t result,
     cdef Request* request = &queue.requests[tag]
     if result < 0:
         complete(queue, tag, result, actions)
-    elif request.joins:
+    elif request.follows == FOLLOWS_ROUND:
         ask(queue, tag, AWAITING_ROUND, MSG_JOIN, 0, actions)
-    elif request.fua and latched(queue):
+    elif request.durable and latched(queue):
         complete(queue, tag, -EIO, actions)
+    elif request.follows == FOLLOWS_SYNC:
+        await_sync(queue, tag, actions)
     else:
         complete(queue, tag, 0, actions)
+
+
+cdef void on_discard_done(Queue* queue, uint16_t tag, int32_t result,
+                          Actions* actions) noexcept nogil:
+    if result < 0:
+        complete(queue, tag, result, actions)
+    else:
+        discard_more(queue, tag, actions)
 
 
 cdef void on_sync_done(Queue* queue, int32_t result, Actions* actions) noexcept nogil:
@@ -240,6 +313,8 @@ cdef void on_done(Queue* queue, const Event* event, Actions* actions) noexcept n
             complete(queue, tag, event.result, actions)
     elif request.state == WRITING:
         on_write_done(queue, tag, event.result, actions)
+    elif request.state == DISCARDING:
+        on_discard_done(queue, tag, event.result, actions)
     elif request.state == OVERWRITE:
         request.result = event.result
         ask(queue, tag, AWAITING_PRESENT, MSG_WRITTEN, event.result, actions)
@@ -253,7 +328,7 @@ cdef void on_grant(Queue* queue, uint16_t tag, int32_t result, Actions* actions)
         complete(queue, tag, result, actions)
     elif result == CLAIMED:
         ensure(request.state == AWAITING_CLAIM, b"only a claim is answered CLAIMED")
-        start_io(queue, tag, OVERWRITE, ACT_WRITE_BASE, False, actions)
+        start_io(queue, tag, OVERWRITE, write_kind(request), False, actions)
     else:
         start_write(queue, tag, actions)
 
@@ -261,7 +336,8 @@ cdef void on_grant(Queue* queue, uint16_t tag, int32_t result, Actions* actions)
 cdef void on_answer(Queue* queue, uint16_t tag, int32_t result, Actions* actions) noexcept nogil:
     """DONE: the stripe that this request overwrote is PRESENT, or the round is over."""
     cdef Request* request = &queue.requests[tag]
-    if request.state == AWAITING_PRESENT and request.result >= 0 and result >= 0 and request.fua:
+    if (request.state == AWAITING_PRESENT and request.result >= 0 and result >= 0
+            and request.durable):
         ask(queue, tag, AWAITING_ROUND, MSG_JOIN, 0, actions)
     elif request.state == AWAITING_PRESENT and request.result < 0:
         complete(queue, tag, request.result, actions)

@@ -4,6 +4,9 @@ Invariants
 - One operation a token is in flight; its record lives in `ops` until its event is made.
 - An event says all or nothing: short transfers are continued here, EINTR and EAGAIN are retried a
   bounded number of times, a transfer that stops moving is EIO.
+- A base range that was zeroed reads zeros: never by a discard. A file that may give up the space
+  is punched, else it is ZERO_RANGE; what the base cannot do is done by writing zeros.
+- A discard that the base cannot do has succeeded.
 - What an image read leaves of its buffer behind `minimum` is zeros, never what was there before.
 - Image, base, sync and ublkc descriptors are fixed files: the open file description that carries
   the base's lock, and ublkc, are held until the last request of this ring has landed, whatever
@@ -21,6 +24,12 @@ cdef enum RingFile:
     FILE_SYNC = 2                  # the base again: writeback errors are told once a description
     FILE_UBLKC = 3
     FILE_COUNT = 4
+
+# How a base range is zeroed.
+cdef enum ZeroMethod:
+    ZERO_PUNCH = 1
+    ZERO_RANGE = 2
+    ZERO_WRITE = 3
 
 # The top byte of user_data says what a CQE is; the rest is a token, a tag or nothing.
 cdef enum CqeKind:
@@ -40,6 +49,10 @@ cdef struct Op:
     uint8_t kind                   # ActionKind, 0 when free
     uint8_t dsync
     uint8_t retries
+    uint8_t fixed                  # `address` counts within registered buffer `index`
+    uint8_t unmap
+    uint8_t method                 # ZeroMethod
+    uint16_t index
 
 cdef struct RingMemory:
     uint8_t* start
@@ -50,6 +63,13 @@ cdef struct Ring:
     Op* ops                        # [op_count], by token
     uint32_t op_count
     RingMemory memory[5]           # by Memory
+    const uint8_t* registered      # by index, 1: a request's pages are in their slot; or NULL
+    const uint8_t* zeros           # to be written where a range cannot be zeroed otherwise
+    uint32_t zeros_bytes
+    uint32_t block                 # bytes: where a short transfer may be continued
+    bint base_is_block
+    bint lacks_punch               # the base has said so
+    bint lacks_range
     uint64_t wake_value
 
 # 0 or -errno. `files`: FILE_COUNT descriptors, -1 for none. Called by the thread that submits.
@@ -59,8 +79,13 @@ cdef void ring_exit(Ring* ring) noexcept nogil
 cdef void ring_action(Ring* ring, const Action* action) noexcept nogil
 # True, and *result, when the operation has ended; False when it goes on.
 cdef bint ring_op_done(Ring* ring, uint32_t token, int32_t res, int32_t* result) noexcept nogil
+# `address`: plain copy: the tag's buffer. `auto_buffer`: zero copy: where its pages are registered.
 cdef void ring_ublk(Ring* ring, uint32_t command, uint16_t queue, uint16_t tag, int32_t result,
-                    uint64_t address) noexcept nogil
+                    uint64_t address, uint64_t auto_buffer) noexcept nogil
+# A table of `count` empty slots for requests' pages; 0 or -errno.
+cdef int ring_register_requests(Ring* ring, uint32_t count) noexcept nogil
+# The image's descriptor goes; a read of it that is submitted later fails with -EBADF.
+cdef void ring_drop_image(Ring* ring) noexcept nogil
 cdef void ring_doorbell(Ring* ring, int target) noexcept nogil
 cdef void ring_arm_wake(Ring* ring, int event_fd) noexcept nogil
 # Submit, and wait for a CQE at most `timeout_ns` (0: do not wait, 2^64 − 1: for ever).

@@ -1,22 +1,25 @@
 """The io_uring side of the data plane; what it keeps is in _ring.pxd."""
 
-from libc.errno cimport EAGAIN, EBUSY, EINTR, EIO, ETIME
+from libc.errno cimport EAGAIN, EBUSY, EINTR, EINVAL, EIO, ENOSYS, ENOTTY, EOPNOTSUPP, ETIME
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from ublk_ubi._abi cimport ubi_ublk_io_cmd
 from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport (
-    ACT_READ_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, Action,
+    ACT_DISCARD_BASE, ACT_READ_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, ACT_ZERO_BASE,
+    MEM_REQUEST, Action,
 )
 from ublk_ubi._uring cimport (
-    IORING_FSYNC_DATASYNC, IORING_OP_URING_CMD, IORING_SETUP_COOP_TASKRUN, IORING_SETUP_CQSIZE,
-    IORING_SETUP_DEFER_TASKRUN, IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_SUBMIT_ALL,
-    IOSQE_CQE_SKIP_SUCCESS, IOSQE_FIXED_FILE, __kernel_timespec, io_uring_cqe, io_uring_get_sqe,
-    io_uring_params, io_uring_prep_fsync, io_uring_prep_msg_ring, io_uring_prep_read,
-    io_uring_prep_write, io_uring_queue_exit, io_uring_queue_init_params, io_uring_register_files,
+    FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, IORING_FSYNC_DATASYNC,
+    IORING_OP_URING_CMD, IORING_SETUP_COOP_TASKRUN, IORING_SETUP_CQSIZE, IORING_SETUP_DEFER_TASKRUN,
+    IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_SUBMIT_ALL, IOSQE_CQE_SKIP_SUCCESS, IOSQE_FIXED_FILE,
+    __kernel_timespec, io_uring_cqe, io_uring_get_sqe, io_uring_params, io_uring_prep_fallocate,
+    io_uring_prep_fsync, io_uring_prep_msg_ring, io_uring_prep_read, io_uring_prep_read_fixed,
+    io_uring_prep_write, io_uring_prep_write_fixed, io_uring_queue_exit, io_uring_queue_init_params,
+    io_uring_register_buffers_sparse, io_uring_register_files, io_uring_register_files_update,
     io_uring_register_iowq_max_workers, io_uring_register_ring_fd, io_uring_sqe, io_uring_submit,
-    io_uring_submit_and_get_events, io_uring_submit_and_wait_timeout, sqe_set_dsync,
+    io_uring_submit_and_get_events, io_uring_submit_and_wait_timeout, prep_discard, sqe_set_dsync,
 )
 
 cdef enum:
@@ -39,6 +42,7 @@ cdef int ring_init(Ring* ring, uint32_t entries, Op* ops, uint32_t op_count,
     params.flags = (IORING_SETUP_CQSIZE | IORING_SETUP_SUBMIT_ALL | IORING_SETUP_COOP_TASKRUN
                     | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN)
     params.cq_entries = 4 * entries
+    ring.block = SECTOR
     status = io_uring_queue_init_params(entries, &ring.uring, &params)
     if status < 0:
         return status
@@ -78,23 +82,61 @@ cdef io_uring_sqe* next_sqe(Ring* ring) noexcept nogil:
 
 # -- operations ----------------------------------------------------------------------------------
 
+cdef inline void prep_transfer(io_uring_sqe* sqe, const Op* op, int file,
+                               bint write) noexcept nogil:
+    cdef void* address = <void*>(op.address + op.done)
+    cdef uint32_t left = op.length - op.done
+    cdef uint64_t offset = op.offset + op.done
+    if write and op.fixed:
+        io_uring_prep_write_fixed(sqe, file, address, left, offset, op.index)
+    elif write:
+        io_uring_prep_write(sqe, file, address, left, offset)
+    elif op.fixed:
+        io_uring_prep_read_fixed(sqe, file, address, left, offset, op.index)
+    else:
+        io_uring_prep_read(sqe, file, address, left, offset)
+    if op.dsync:
+        sqe_set_dsync(sqe)
+
+
+cdef void prep_zero(Ring* ring, io_uring_sqe* sqe, Op* op) noexcept nogil:
+    """By the best way that the base is not known to lack."""
+    cdef uint32_t left = op.length - op.done
+    cdef uint64_t offset = op.offset + op.done
+    if op.unmap and not ring.base_is_block and not ring.lacks_punch:
+        op.method = ZERO_PUNCH
+        io_uring_prep_fallocate(sqe, FILE_BASE, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset,
+                                left)
+    elif not ring.lacks_range:
+        op.method = ZERO_RANGE
+        io_uring_prep_fallocate(sqe, FILE_BASE, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset,
+                                left)
+    else:
+        op.method = ZERO_WRITE
+        io_uring_prep_write(sqe, FILE_BASE, ring.zeros,
+                            left if left < ring.zeros_bytes else ring.zeros_bytes, offset)
+
+
 cdef void submit_op(Ring* ring, uint32_t token) noexcept nogil:
     """The part of an operation that is left."""
     cdef Op* op = &ring.ops[token]
     cdef io_uring_sqe* sqe = next_sqe(ring)
-    cdef void* address = <void*>(op.address + op.done)
-    cdef uint32_t left = op.length - op.done
-    cdef uint64_t offset = op.offset + op.done
     if op.kind == ACT_READ_IMAGE:
-        io_uring_prep_read(sqe, FILE_IMAGE, address, left, offset)
+        prep_transfer(sqe, op, FILE_IMAGE, False)
     elif op.kind == ACT_READ_BASE:
-        io_uring_prep_read(sqe, FILE_BASE, address, left, offset)
+        prep_transfer(sqe, op, FILE_BASE, False)
     elif op.kind == ACT_WRITE_BASE:
-        io_uring_prep_write(sqe, FILE_BASE, address, left, offset)
-        if op.dsync:
-            sqe_set_dsync(sqe)
+        prep_transfer(sqe, op, FILE_BASE, True)
+    elif op.kind == ACT_ZERO_BASE:
+        prep_zero(ring, sqe, op)
+    elif op.kind == ACT_DISCARD_BASE:
+        if ring.base_is_block:
+            prep_discard(sqe, FILE_BASE, op.offset, op.length)
+        else:
+            io_uring_prep_fallocate(sqe, FILE_BASE, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                                    op.offset, op.length)
     else:
-        ensure(op.kind == ACT_SYNC_BASE, b"an operation reads, writes or syncs")
+        ensure(op.kind == ACT_SYNC_BASE, b"an operation is I/O on image or base")
         io_uring_prep_fsync(sqe, FILE_SYNC, IORING_FSYNC_DATASYNC)
     sqe.flags |= IOSQE_FIXED_FILE
     sqe.user_data = tagged(CQE_OP, token)
@@ -107,12 +149,17 @@ cdef void ring_action(Ring* ring, const Action* action) noexcept nogil:
     ensure(action.token < ring.op_count, b"a token is below the number of operations")
     op = &ring.ops[action.token]
     ensure(op.kind == 0, b"one operation a token is in flight")
+    memset(op, 0, sizeof(Op))
     op.kind = action.kind
     op.dsync = action.dsync
-    op.retries = 0
-    op.done = 0
+    op.unmap = action.unmap
     op.offset = action.offset
-    op.address = <uint64_t>memory.start + action.index * memory.stride
+    if (action.memory == MEM_REQUEST and ring.registered != NULL
+            and ring.registered[action.index]):
+        op.fixed = True
+        op.index = <uint16_t>action.index
+    else:
+        op.address = <uint64_t>memory.start + action.index * memory.stride
     op.length = action.length
     op.needed = action.length
     op.filled = action.length
@@ -122,6 +169,27 @@ cdef void ring_action(Ring* ring, const Action* action) noexcept nogil:
         op.length = (action.minimum + DIRECT_ALIGNMENT - 1) & ~<uint32_t>(DIRECT_ALIGNMENT - 1)
         ensure(op.length <= action.length, b"a stripe is a multiple of the alignment")
     submit_op(ring, action.token)
+
+
+cdef inline int32_t failure(const Op* op, int32_t res) noexcept nogil:
+    """What the engine is told of an error."""
+    if res == -EINTR or res == -EAGAIN:
+        return -EIO
+    if op.kind == ACT_DISCARD_BASE and (
+            res == -EOPNOTSUPP or res == -EINVAL or res == -ENOTTY or res == -ENOSYS):
+        return 0
+    return res
+
+
+cdef inline bint moved(Ring* ring, Op* op, int32_t res) noexcept nogil:
+    """Whether a short transfer is to be continued. Direct I/O goes on at a block; the few bytes
+    before are moved once more."""
+    cdef uint32_t before = op.done
+    op.done += res
+    if op.done >= op.needed:
+        return False
+    op.done -= op.done % ring.block
+    return op.done > before
 
 
 cdef bint ring_op_done(Ring* ring, uint32_t token, int32_t res, int32_t* result) noexcept nogil:
@@ -134,22 +202,27 @@ cdef bint ring_op_done(Ring* ring, uint32_t token, int32_t res, int32_t* result)
         op.retries += 1
         submit_op(ring, token)
         return False
-    if res < 0:
-        result[0] = -EIO if res == -EINTR or res == -EAGAIN else res
-    elif op.kind == ACT_SYNC_BASE:
-        result[0] = 0
-    else:
-        op.done += res
-        if op.done < op.needed:
-            # Direct I/O goes on at a sector; the few bytes before are moved once more.
-            op.done -= op.done % SECTOR
-            if res >= SECTOR:
-                submit_op(ring, token)
-                return False
-            result[0] = -EIO
+    if res == -EOPNOTSUPP and op.kind == ACT_ZERO_BASE and op.method != ZERO_WRITE:
+        if op.method == ZERO_PUNCH:
+            ring.lacks_punch = True
         else:
+            ring.lacks_range = True
+        submit_op(ring, token)
+        return False
+    if res < 0:
+        result[0] = failure(op, res)
+    elif op.kind == ACT_SYNC_BASE or op.kind == ACT_DISCARD_BASE or op.method == ZERO_PUNCH or (
+            op.method == ZERO_RANGE):
+        result[0] = 0
+    elif moved(ring, op, res):
+        submit_op(ring, token)
+        return False
+    elif op.done < op.needed:
+        result[0] = -EIO
+    else:
+        if op.filled > op.needed:
             memset(<void*>(op.address + op.needed), 0, op.filled - op.needed)
-            result[0] = <int32_t>op.filled
+        result[0] = <int32_t>op.filled
     op.kind = 0
     return True
 
@@ -157,7 +230,7 @@ cdef bint ring_op_done(Ring* ring, uint32_t token, int32_t res, int32_t* result)
 # -- ublk, doorbells -----------------------------------------------------------------------------
 
 cdef void ring_ublk(Ring* ring, uint32_t command, uint16_t queue, uint16_t tag, int32_t result,
-                    uint64_t address) noexcept nogil:
+                    uint64_t address, uint64_t auto_buffer) noexcept nogil:
     """FETCH, or COMMIT with the result of the tag's request."""
     cdef io_uring_sqe* sqe = next_sqe(ring)
     cdef ubi_ublk_io_cmd* io_cmd = <ubi_ublk_io_cmd*>sqe.cmd
@@ -166,11 +239,24 @@ cdef void ring_ublk(Ring* ring, uint32_t command, uint16_t queue, uint16_t tag, 
     sqe.flags = IOSQE_FIXED_FILE
     sqe.fd = FILE_UBLKC
     sqe.cmd_op = command
+    sqe.addr = auto_buffer
     sqe.user_data = tagged(CQE_UBLK, tag)
     io_cmd.q_id = queue
     io_cmd.tag = tag
     io_cmd.result = result
     io_cmd.addr = address
+
+
+cdef int ring_register_requests(Ring* ring, uint32_t count) noexcept nogil:
+    """Zero copy: the kernel puts a request's pages into its slot, and takes them out again."""
+    return io_uring_register_buffers_sparse(&ring.uring, count)
+
+
+cdef void ring_drop_image(Ring* ring) noexcept nogil:
+    """Reads that are under way keep the file until they end."""
+    cdef int none = -1
+    cdef int status = io_uring_register_files_update(&ring.uring, FILE_IMAGE, &none, 1)
+    ensure(status == 1, b"a registered file can be taken out")
 
 
 cdef void ring_doorbell(Ring* ring, int target) noexcept nogil:

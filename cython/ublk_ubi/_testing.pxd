@@ -43,6 +43,7 @@ cdef class RingBench:
     cdef Ring ring
     cdef bint there
     cdef object ops
+    cdef object registered
     cdef readonly object memory    # an area of `area` bytes for each kind of Memory
     cdef uint64_t address
     cdef readonly uint64_t area

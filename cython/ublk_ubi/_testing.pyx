@@ -29,7 +29,7 @@ from ublk_ubi._mailbox cimport (
 from ublk_ubi._queue cimport Request, queue_init, queue_step
 from ublk_ubi._ring cimport (
     Op, cqe_index, cqe_kind, ring_action, ring_arm_wake, ring_doorbell, ring_enter, ring_exit,
-    ring_init, ring_op_done, ring_ublk,
+    ring_drop_image, ring_init, ring_op_done, ring_register_requests, ring_ublk,
 )
 from ublk_ubi._uring cimport (
     io_uring, io_uring_cq_advance, io_uring_cqe, io_uring_peek_batch_cqe, io_uring_sqe, now_ns,
@@ -77,6 +77,7 @@ cdef dict NAMES = {
     "EVENT_REQUEST": _core.EVENT_REQUEST, "EVENT_DONE": _core.EVENT_DONE,
     "EVENT_MESSAGE": _core.EVENT_MESSAGE, "EVENT_TICK": _core.EVENT_TICK,
     "EVENT_START": _core.EVENT_START, "EVENT_STOP": _core.EVENT_STOP,
+    "EVENT_HYDRATE": _core.EVENT_HYDRATE, "EVENT_BUDGET": _core.EVENT_BUDGET,
     # operations
     "OP_READ": _core.OP_READ, "OP_WRITE": _core.OP_WRITE, "OP_FLUSH": _core.OP_FLUSH,
     "OP_DISCARD": _core.OP_DISCARD, "OP_WRITE_ZEROES": _core.OP_WRITE_ZEROES,
@@ -89,7 +90,10 @@ cdef dict NAMES = {
     "ACT_WRITE_BASE": _core.ACT_WRITE_BASE, "ACT_SYNC_BASE": _core.ACT_SYNC_BASE,
     "ACT_SEND": _core.ACT_SEND, "ACT_COMPLETE": _core.ACT_COMPLETE,
     "ACT_STARTED": _core.ACT_STARTED, "ACT_STOPPED": _core.ACT_STOPPED,
-    "ACT_HOST": _core.ACT_HOST,
+    "ACT_HOST": _core.ACT_HOST, "ACT_ZERO_BASE": _core.ACT_ZERO_BASE,
+    "ACT_DISCARD_BASE": _core.ACT_DISCARD_BASE, "ACT_HYDRATED": _core.ACT_HYDRATED,
+    "CACHE_WRITEBACK": _core.CACHE_WRITEBACK, "CACHE_WRITETHROUGH": _core.CACHE_WRITETHROUGH,
+    "CACHE_UNSAFE": _core.CACHE_UNSAFE,
     "MEM_REQUEST": _core.MEM_REQUEST, "MEM_STRIPE": _core.MEM_STRIPE, "MEM_PAGE": _core.MEM_PAGE,
     "MEM_SCRATCH": _core.MEM_SCRATCH,
     "DATA_OFFSET": _core.DATA_OFFSET, "PAGE": _core.PAGE, "PAGE_WINDOW": _hydrator.PAGE_WINDOW,
@@ -99,6 +103,7 @@ cdef dict NAMES = {
     "AWAITING_STRIPE": _queue.AWAITING_STRIPE, "AWAITING_CLAIM": _queue.AWAITING_CLAIM,
     "OVERWRITE": _queue.OVERWRITE, "AWAITING_PRESENT": _queue.AWAITING_PRESENT,
     "AWAITING_ROUND": _queue.AWAITING_ROUND, "AWAITING_SYNC": _queue.AWAITING_SYNC,
+    "DISCARDING": _queue.DISCARDING, "MAX_BACKOFF": _hydrator.MAX_BACKOFF,
     # rounds and lives
     "ROUND_IDLE": _hydrator.ROUND_IDLE, "ROUND_SYNC_DATA": _hydrator.ROUND_SYNC_DATA,
     "ROUND_WRITE_PAGES": _hydrator.ROUND_WRITE_PAGES,
@@ -133,6 +138,7 @@ cdef dict NAMES = {
     "REFUSE_COPY": _lifecycle.REFUSE_COPY, "REFUSE_STALE": _lifecycle.REFUSE_STALE,
     "REFUSE_LATCHED": _lifecycle.REFUSE_LATCHED,
     "REFUSE_FOREIGN_WRITER": _lifecycle.REFUSE_FOREIGN_WRITER,
+    "REFUSE_NEEDS_IMAGE": _lifecycle.REFUSE_NEEDS_IMAGE,
     # format
     "SLOT_ZERO": _format.SLOT_ZERO, "SLOT_VALID": _format.SLOT_VALID,
     "SLOT_DAMAGED": _format.SLOT_DAMAGED, "SLOT_NEWER": _format.SLOT_NEWER,
@@ -146,7 +152,7 @@ cdef dict NAMES = {
 globals().update(NAMES)
 
 Act = namedtuple("Act", "kind offset length minimum index token stripe result queue tag memory "
-                        "message dsync")
+                        "message dsync unmap")
 
 
 cdef void fill_event(Event* event, int kind, dict fields) except *:
@@ -161,6 +167,8 @@ cdef void fill_event(Event* event, int kind, dict fields) except *:
     event.tag = fields.pop("tag", 0)
     event.op = fields.pop("op", 0)
     event.fua = fields.pop("fua", 0)
+    event.unmap = fields.pop("unmap", 0)
+    event.zeros = fields.pop("zeros", 0)
     if fields:
         raise TypeError(f"an event has no {sorted(fields)}")
 
@@ -175,6 +183,7 @@ cdef void fill_action(Action* action, int kind, dict fields) except *:
     action.token = fields.pop("token", 0)
     action.memory = fields.pop("memory", 0)
     action.dsync = fields.pop("dsync", 0)
+    action.unmap = fields.pop("unmap", 0)
     if fields:
         raise TypeError(f"an action has no {sorted(fields)}")
 
@@ -186,7 +195,8 @@ cdef list acts_of(const Actions* actions):
     for i in range(actions.count):
         a = &actions.items[i]
         found.append(Act(a.kind, a.offset, a.length, a.minimum, a.index, a.token, a.stripe,
-                         a.result, a.queue, a.tag, a.memory, a.message, a.dsync))
+                         a.result, a.queue, a.tag, a.memory, a.message, a.dsync,
+                         a.unmap))
     return found
 
 
@@ -199,7 +209,7 @@ cdef class Engines:
     def __cinit__(self, *, uint32_t stripes=8, int queues=1, int depth=4,
                   uint32_t stripe_bytes=65536, image_bytes=None, device_bytes=None,
                   bint copy_on_read=True, uint32_t buffers=4, uint32_t wanted=8, present=(),
-                  durable=()):
+                  durable=(), int cache=_core.CACHE_WRITEBACK):
         cdef int index
         self.memory = []
         whole = stripes * stripe_bytes
@@ -211,6 +221,7 @@ cdef class Engines:
         self.shared.queues = queues
         self.shared.depth = depth
         self.shared.copy_on_read = copy_on_read
+        self.shared.cache = cache
         self.shared.state = <uint8_t*>self.take(stripes)
         self.state_memory = self.memory[-1]
         self.shared.table = <uint8_t*>self.take(stripes)
@@ -252,7 +263,7 @@ cdef class Engines:
         memory.page_present = <uint16_t*>self.take(memory.page_count * 2)
         memory.page_round = <uint16_t*>self.take(memory.page_count * 2)
         hydrator_init(&self.hydrator, &self.shared, &memory)
-        self.hydrator_actions.capacity = tags + buffers + _hydrator.PAGE_WINDOW + 2
+        self.hydrator_actions.capacity = tags + buffers + _hydrator.PAGE_WINDOW + 3
         self.hydrator_actions.items = <Action*>self.take(
             self.hydrator_actions.capacity * sizeof(Action))
 
@@ -386,7 +397,7 @@ cdef class LifecycleSteps:
                   uint64_t inode=2, bytes fingerprint=b"f" * 32, bytes new_uuid=b"u" * 16,
                   bytes boot_id=b"b" * 16, uint32_t stripe_bytes=0,
                   uint32_t default_stripe_bytes=1048576, bint format=False, bint adopt=False,
-                  bint force=False, bint force_stale=False):
+                  bint force=False, bint force_stale=False, bint no_image=False):
         cdef LifecycleOptions options
         memset(&options, 0, sizeof(options))
         options.base_bytes = base_bytes
@@ -402,6 +413,7 @@ cdef class LifecycleSteps:
         options.adopt = adopt
         options.force = force
         options.force_stale = force_stale
+        options.no_image = no_image
         self.pages = bytearray(1025 * _core.PAGE)
         self.scratch = bytearray(SCRATCH_BYTES)
         lifecycle_init(&self.lifecycle, &options, <uint8_t*><bytearray>self.pages,
@@ -698,9 +710,27 @@ cdef class RingBench:
         cdef int32_t result = 0
         return result if ring_op_done(&self.ring, token, res, &result) else None
 
-    def ublk(self, uint32_t command, int queue, int tag, int32_t result, uint64_t address):
+    def ublk(self, uint32_t command, int queue, int tag, int32_t result, uint64_t address,
+             uint64_t auto_buffer=0):
         """FETCH or COMMIT."""
-        ring_ublk(&self.ring, command, queue, tag, result, address)
+        ring_ublk(&self.ring, command, queue, tag, result, address, auto_buffer)
+
+    def register_requests(self, bytes registered):
+        """Zero copy: slots for requests' pages; `registered`: a byte a slot, 1: they are there."""
+        self.registered = bytearray(registered)
+        self.ring.registered = <const uint8_t*><bytearray>self.registered
+        return ring_register_requests(&self.ring, len(registered))
+
+    def describe_base(self, *, bint is_block=False, uint32_t block=512, uint64_t zeros_at=0,
+                      uint32_t zeros_bytes=0):
+        """What the base is; `zeros_at` is the byte of `memory` that zeros are written from."""
+        self.ring.base_is_block = is_block
+        self.ring.block = block
+        self.ring.zeros = <const uint8_t*>(self.address + zeros_at)
+        self.ring.zeros_bytes = zeros_bytes
+
+    def drop_image(self):
+        ring_drop_image(&self.ring)
 
     def doorbell(self, int target):
         """Wake the ring `target`."""

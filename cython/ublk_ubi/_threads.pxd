@@ -6,7 +6,11 @@ engine every completion, drain the mailboxes, ring the doorbell of whoever got a
 Invariants
 - A thread arms its doorbell before it sleeps and looks into its mailboxes once more after that.
 - Mailboxes are drained on every turn, so that a lost doorbell costs at most TICK_NS.
-- No system call but io_uring_enter and the clock (vdso); no allocation; no Python object.
+- No system call but io_uring_enter and the clock (vdso); no allocation; no Python object. Two
+  exceptions, neither of which waits for I/O: where zero copy falls back, a request's data is copied
+  with pread or pwrite on ublkc (through the ring they would go to a worker); and once, the image's
+  descriptor is dropped.
+- A request's buffer is the kernel's until its CQE and after its COMMIT, ours in between.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -16,7 +20,7 @@ from ublk_ubi._core cimport Action, Actions, Shared
 from ublk_ubi._histogram cimport Histogram
 from ublk_ubi._hydrator cimport Hydrator
 from ublk_ubi._mailbox cimport Doorbell, Mailbox
-from ublk_ubi._queue cimport Queue
+from ublk_ubi._queue cimport KINDS, Queue
 from ublk_ubi._ring cimport Op, Ring
 
 cdef enum:
@@ -33,6 +37,9 @@ cdef enum ThreadState:
 
 cdef struct Device:
     Shared shared
+    const uint8_t* zeros           # [stripe_bytes], never written
+    uint32_t block                 # bytes: of image and base, for direct I/O
+    bint base_is_block
     Mailbox* to_hydrator           # [queues]
     Mailbox* to_queue              # [queues]
     Doorbell* bells                # [queues + 1]; the hydrator's is the last
@@ -49,6 +56,8 @@ cdef struct ThreadBase:
     int wake_fd                    # eventfd: the control thread wants this thread's attention
     uint32_t quit                  # leave at once (nothing is served any more)
     uint32_t stop                  # the hydrator: finish, commit, then stop
+    uint32_t drop_image            # nobody needs the image: let go of it
+    uint32_t image_dropped         # done
     uint32_t state                 # ThreadState
     int32_t status                 # -errno of what failed
     uint64_t turns
@@ -61,10 +70,12 @@ cdef struct QueueThread:
     const ubi_ublk_io_desc* descriptors   # [depth], mapped from ublkc
     uint8_t* buffers               # [depth × buffer_stride]
     uint64_t buffer_stride
+    uint8_t* registered            # [depth] 1: its pages are in the slot; NULL: plain copy
+    uint64_t fallbacks             # requests whose pages the kernel did not register
     uint64_t* started              # [depth] ns
     uint32_t tags_gone             # tags that the kernel has taken back
     uint64_t now
-    Histogram latency[3]           # by operation, ns
+    Histogram latency[KINDS]       # by request_kind, ns
 
 cdef struct HydratorThread:
     ThreadBase base
@@ -72,6 +83,15 @@ cdef struct HydratorThread:
     uint8_t* stripes               # [buffers × stripe_bytes]
     uint8_t* pages                 # shadow of the header pages
     uint64_t next_tick             # ns
+    # Background hydration, as the control thread wants it …
+    uint32_t hydrate
+    uint32_t kicks                 # counts up: what failed is to be tried now
+    uint64_t rate                  # bytes a second, 0: as fast as can be
+    # … and how far that has come.
+    uint32_t hydrate_seen
+    uint32_t kicks_seen
+    uint64_t paced_at              # ns, when the budget was last topped up
+    uint32_t hydrated              # every stripe is DURABLE
 
 cdef void run_queue(QueueThread* thread) noexcept nogil
 cdef void run_hydrator(HydratorThread* thread) noexcept nogil

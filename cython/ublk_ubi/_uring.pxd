@@ -47,6 +47,9 @@ cdef extern from "<liburing.h>" nogil:
     int io_uring_queue_init_params(unsigned entries, io_uring* ring, io_uring_params* p) noexcept
     void io_uring_queue_exit(io_uring* ring) noexcept
     int io_uring_register_files(io_uring* ring, const int* files, unsigned count) noexcept
+    int io_uring_register_files_update(io_uring* ring, unsigned offset, const int* files,
+                                       unsigned count) noexcept
+    int io_uring_register_buffers_sparse(io_uring* ring, unsigned count) noexcept
     int io_uring_register_ring_fd(io_uring* ring) noexcept
     int io_uring_register_iowq_max_workers(io_uring* ring, unsigned* values) noexcept
     io_uring_sqe* io_uring_get_sqe(io_uring* ring) noexcept
@@ -62,12 +65,21 @@ cdef extern from "<liburing.h>" nogil:
                             uint64_t offset) noexcept
     void io_uring_prep_write(io_uring_sqe* sqe, int fd, const void* buffer, unsigned length,
                              uint64_t offset) noexcept
+    void io_uring_prep_read_fixed(io_uring_sqe* sqe, int fd, void* buffer, unsigned length,
+                                  uint64_t offset, int index) noexcept
+    void io_uring_prep_write_fixed(io_uring_sqe* sqe, int fd, const void* buffer, unsigned length,
+                                   uint64_t offset, int index) noexcept
+    void io_uring_prep_fallocate(io_uring_sqe* sqe, int fd, int mode, uint64_t offset,
+                                 uint64_t length) noexcept
     void io_uring_prep_fsync(io_uring_sqe* sqe, int fd, unsigned flags) noexcept
     void io_uring_prep_msg_ring(io_uring_sqe* sqe, int fd, unsigned length, uint64_t data,
                                 unsigned flags) noexcept
 
 cdef extern from *:
     """
+    #include <linux/falloc.h>
+    #include <string.h>
+    #include <sys/ioctl.h>
     #include <sys/mman.h>
     #include <sys/prctl.h>
     #include <sys/uio.h>
@@ -79,6 +91,19 @@ cdef extern from *:
     #ifndef RWF_DSYNC
     #define RWF_DSYNC 2
     #endif
+    /* include/uapi/linux/blkdev.h (6.12) */
+    #ifndef BLOCK_URING_CMD_DISCARD
+    #define BLOCK_URING_CMD_DISCARD _IO(0x12, 0)
+    #endif
+    /* block/ioctl.c, blkdev_uring_cmd: start in addr, length in addr3 (byte 48). */
+    static inline void ubi_prep_discard(struct io_uring_sqe *sqe, int fd, uint64_t start,
+                                        uint64_t length)
+    {
+        io_uring_prep_rw(IORING_OP_URING_CMD, sqe, fd, NULL, 0, 0);
+        sqe->cmd_op = BLOCK_URING_CMD_DISCARD;
+        sqe->addr = start;
+        memcpy(sqe->cmd, &length, sizeof(length));
+    }
     static inline void ubi_sqe_set_dsync(struct io_uring_sqe *sqe) { sqe->rw_flags = RWF_DSYNC; }
     static inline uint64_t ubi_now_ns(void)
     {
@@ -88,9 +113,16 @@ cdef extern from *:
     }
     """
     void sqe_set_dsync "ubi_sqe_set_dsync"(io_uring_sqe* sqe) noexcept nogil
+    void prep_discard "ubi_prep_discard"(io_uring_sqe* sqe, int fd, uint64_t start,
+                                         uint64_t length) noexcept nogil
     uint64_t now_ns "ubi_now_ns"() noexcept nogil
+    long pread(int fd, void* buffer, size_t length, uint64_t offset) noexcept nogil
+    long pwrite(int fd, const void* buffer, size_t length, uint64_t offset) noexcept nogil
     int prctl(int option, unsigned long a, unsigned long b, unsigned long c,
               unsigned long d) noexcept nogil
     enum:
         PR_SET_IO_FLUSHER
         PR_SET_NAME
+        FALLOC_FL_KEEP_SIZE
+        FALLOC_FL_PUNCH_HOLE
+        FALLOC_FL_ZERO_RANGE

@@ -1,0 +1,55 @@
+"""CPU lists as the kernel writes them: `0-3,8`."""
+
+from __future__ import annotations
+
+import os
+
+from ublk_ubi.errors import Exit, UbiError
+
+_MOST = 8192
+
+
+def parse_cpus(option: str, text: str) -> list[int]:
+    """Return the CPUs of a list, each once, in order. Raises UbiError (usage), naming `option`."""
+    found: dict[int, None] = {}
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isascii() and first.isdigit() and len(first) < 6) or (
+            dash and not (last.isascii() and last.isdigit() and len(last) < 6)
+        ):
+            raise _wrong(option, text)
+        low, high = int(first), int(last) if dash else int(first)
+        if not low <= high < _MOST:
+            raise _wrong(option, text)
+        found.update(dict.fromkeys(range(low, high + 1)))
+    return list(found)
+
+
+def usable_cpus(option: str, text: str | None) -> list[int]:
+    """Return the CPUs of a list, or none for None. Raises UbiError for one not to be had here."""
+    if text is None:
+        return []
+    cpus = parse_cpus(option, text)
+    allowed = os.sched_getaffinity(0)
+    if missing := [cpu for cpu in cpus if cpu not in allowed]:
+        raise UbiError(
+            f"{option} {text}: CPU {missing[0]} cannot be used here: name some of "
+            f"{format_cpus(sorted(allowed))}",
+            Exit.USAGE,
+        )
+    return cpus
+
+
+def format_cpus(cpus: list[int]) -> str:
+    """Write ascending CPUs as a list."""
+    parts: list[list[int]] = []
+    for cpu in cpus:
+        if parts and cpu == parts[-1][1] + 1:
+            parts[-1][1] = cpu
+        else:
+            parts.append([cpu, cpu])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def _wrong(option: str, text: str) -> UbiError:
+    return UbiError(f"{option} {text!r} is not a list of CPUs: write it like 0-3,8", Exit.USAGE)
