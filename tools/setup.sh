@@ -25,7 +25,7 @@ export PATH=$VENV/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin
 NEEDED="
     gcc=gcc /usr/include/stdio.h=libc6-dev /usr/include/linux/types.h=linux-libc-dev
     /usr/include/liburing.h=liburing-dev git=git flock=util-linux losetup=mount sfdisk=fdisk
-    fio=fio mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs dmsetup=dmsetup
+    qemu-img=qemu-utils fio=fio mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs dmsetup=dmsetup
     make=make flex=flex bison=bison bc=bc xz=xz-utils perl=perl"
 
 say() { echo "setup: $*" >&2; }
