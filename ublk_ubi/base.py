@@ -333,6 +333,8 @@ def _create(
             f"({error.strerror}); make the folder first, or name another",
         ) from None
     undo.callback(os.close, folder_fd)
+    # A new file takes some part of what its folder lies on.
+    _refuse_shared_storage(path, node_of(os.fstat(folder_fd)), image, fence.topology)
     parent = os.readlink(f"/proc/self/fd/{folder_fd}")
     if _holds_devices(parent, folder_fd, fence.topology.dev):
         raise UbiError(

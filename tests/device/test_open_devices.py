@@ -451,6 +451,10 @@ def test_a_base_on_a_filesystem_that_is_the_image(tmp_path: Path, loop, mounted)
     base = file_of(point / "b", 40 * MIB)
     with open_image(device) as image:
         refused(base, image, "lies on the image", device)
+        refused(
+            point / "not there yet", image, "lies on the image", device, create_data_size=64 * MIB,
+        )
+    assert not (point / "not there yet").exists()
 
 
 def test_an_image_on_a_filesystem_that_is_the_base(tmp_path: Path, loop, mounted):
