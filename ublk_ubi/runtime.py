@@ -111,12 +111,12 @@ class Claim:
         full = msgspec.structs.replace(
             state, name=self.name, pid=pid, pid_start=process_start(pid) or 0,
         )
-        self._write("state.json", msgspec.json.encode(full) + b"\n")
+        self._record("state.json", msgspec.json.encode(full) + b"\n")
         return full
 
     def write_options(self, options: DeviceOptions) -> None:
         """Keep what the device was made of in options.json."""
-        self._write("options.json", msgspec.json.encode(options) + b"\n")
+        self._record("options.json", msgspec.json.encode(options) + b"\n")
 
     def adopt_log(self, fd: int) -> None:
         """Give the file from `open_log`, open at `fd`, its place in the folder: NAME/log."""
@@ -145,6 +145,13 @@ class Claim:
             if fd >= 0:
                 os.close(fd)
         self.lock_fd = self.dir_fd = self._root_fd = -1
+
+    def _record(self, name: str, data: bytes) -> None:
+        """Write a file whole or not at all. Raises UbiError."""
+        try:
+            self._write(name, data)
+        except OSError as error:
+            raise _no_room(os.path.join(self.folder, name), error) from None
 
     def _write(self, name: str, data: bytes) -> None:
         """Write a file whole or not at all; only the holder of the lock writes here."""
@@ -210,6 +217,8 @@ def claim(name: str | None = None, *, base: str | None = None) -> Claim:
                     return found
                 if found is not None:
                     found.abandon()
+    except OSError as error:
+        raise _no_room(run_root(), error) from None
     finally:
         os.close(root_fd)
     raise UbiError(f"no free name among ubi0 … ubi{_MAX_NAMES - 1}: give one with --name")
@@ -334,6 +343,12 @@ def _explain(path: str, error: OSError) -> UbiError:
     return UbiError(f"{path}: {error.strerror}: it is not a folder of ours; remove it")
 
 
+def _no_room(path: str, error: OSError) -> UbiError:
+    return UbiError(
+        f"{path} cannot be written: {error.strerror}; make room there (see `df {run_root()}`)",
+    )
+
+
 def _try_claim(root_fd: int, name: str) -> Claim | None:
     """Lock the folder of `name`, made if need be; None if another process holds it."""
     path = os.path.join(run_root(), name)
@@ -360,7 +375,11 @@ def _try_claim(root_fd: int, name: str) -> Claim | None:
             for fd in (lock_fd, dir_fd):
                 if fd >= 0:
                     os.close(fd)
-        found._write("pid", f"{os.getpid()}\n".encode())
+        try:
+            found._write("pid", f"{os.getpid()}\n".encode())
+        except OSError:
+            found.abandon()
+            raise
         return found
 
 

@@ -133,7 +133,7 @@ class TableHost:
                 ) from None
 
     def make_table(self, identity: Identity) -> Table:
-        """Make a table under its temporary name, all rows 0. Raises UbiError (busy), OSError."""
+        """Make a table under its temporary name, all rows 0. Raises UbiError (busy; no room)."""
         path = self._temporary(identity.uuid)
         try:
             fd = _create(path)
@@ -143,14 +143,18 @@ class TableHost:
                 "or open the other copy of that disk later",
                 Exit.BUSY,
             ) from None
+        except OSError as error:
+            raise _no_room(path, error) from None
         try:
             os.posix_fallocate(fd, 0, HEADER_BYTES + identity.image_stripes)
             os.pwrite(fd, _pack(identity, boot_id()), 0)
             self.table = Table(fd, identity)
-        except BaseException:
+        except BaseException as error:
             if _is_at(fd, path):
                 os.unlink(path)
             os.close(fd)
+            if isinstance(error, OSError):
+                raise _no_room(path, error) from None
             raise
         return self.table
 
@@ -235,6 +239,14 @@ def look(path: str) -> FoundTable:
         return FoundTable(TableState.LIVE)
     finally:
         os.close(fd)
+
+
+def _no_room(path: str, error: OSError) -> UbiError:
+    """Not the base's fault: it must not be looked for there."""
+    return UbiError(
+        f"table {path}: a record of the disk's writes cannot be made: {error.strerror}; make room "
+        f"there (see `df {os.path.dirname(path)}`)",
+    )
 
 
 def _create(path: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -361,6 +362,27 @@ def test_a_name_that_cannot_be_used_is_one_line(root: Path, make, words: str) ->
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("name", ["vm", None])
+def test_no_room_is_said_of_the_folder_that_has_none(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str | None,
+) -> None:
+    """A default name is not looked for 65,536 times."""
+    held = runtime.claim("held")
+    fds = os.listdir("/proc/self/fd")
+
+    def full(_fd: int, _data: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(UbiError, match=f"{root} cannot be written: No space left.*df {root}`"):
+        runtime.claim(name)
+    with pytest.raises(UbiError, match=f"{root}/held/state.json cannot be written: No space"):
+        held.write_state(State(image="/i", base="/b"))
+    assert os.listdir("/proc/self/fd") == fds
+    held.release()
+    assert len(os.listdir(root)) <= 1
+
+
 def test_another_users_folders(root: Path) -> None:
     runtime.claim("vm").abandon()
     os.chown(root / "vm", 65534, 65534)

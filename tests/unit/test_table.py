@@ -391,7 +391,7 @@ def test_what_cannot_be_made_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UbiError, match=f"table {tmp_path}/.*: No space left.*df {tmp_path}`"):
         host.make_table(IDENTITY)
     assert list(tmp_path.iterdir()) == []
     assert host.table is None
