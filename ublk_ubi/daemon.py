@@ -52,8 +52,9 @@ class Terminated(BaseException):
 
 
 def log(message: str) -> None:
-    """One line in the daemon's log."""
-    print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=sys.stderr, flush=True)
+    """One line in the daemon's log. Where that has no room, the disk matters more."""
+    with contextlib.suppress(OSError):
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=sys.stderr, flush=True)
 
 
 class Daemon:
