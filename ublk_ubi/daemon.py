@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 LINGER_S = 2.0
 SECOND_SIGNAL_S = 5.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopParams(msgspec.Struct, forbid_unknown_fields=True):
@@ -182,7 +183,7 @@ class Daemon:
     def _catch_signals(self) -> int:
         """Signals become bytes in a pipe that the loop reads."""
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         return read_fd
@@ -197,33 +198,46 @@ def run(
 
     Raises UbiError when it cannot be brought up; then nothing of it is left.
     """
+    session = Session(options, notice=log)
+    late: list[int] = []
+
     def terminate(number: int, _frame: FrameType | None) -> None:
+        if session.is_live:
+            late.append(number)  # for the daemon that takes over in a moment
+            return
+        for other in SIGNALS:  # what is being undone is not to be interrupted in its turn
+            signal.signal(other, signal.SIG_IGN)
         raise Terminated(signal.Signals(number).name)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, terminate)
-    session = Session(options, notice=log)
     try:
         session.start()
     except Terminated as error:
         raise UbiError(f"ended by {error} before the device was live", Exit.FAILED) from None
-    daemon = Daemon(session)
-    session.release_image()
-    if log_fd is not None:
-        session.claim.adopt_log(log_fd)
-    for warning in session.warnings:
-        log(f"warning: {warning}")
-    log(f"{session.claim.name} is live: {session.info.disk_path}, {session.size} bytes")
-    ready({
-        "ok": True,
-        "name": session.claim.name,
-        "device": session.info.disk_path,
-        "link": session.link,
-        "id": session.info.id,
-        "pid": os.getpid(),
-        "size": session.size,
-        "warnings": session.warnings,
-    })
+    try:
+        daemon = Daemon(session)
+        session.release_image()
+        if log_fd is not None:
+            session.claim.adopt_log(log_fd)
+        for warning in session.warnings:
+            log(f"warning: {warning}")
+        log(f"{session.claim.name} is live: {session.info.disk_path}, {session.size} bytes")
+        ready({
+            "ok": True,
+            "name": session.claim.name,
+            "device": session.info.disk_path,
+            "link": session.link,
+            "id": session.info.id,
+            "pid": os.getpid(),
+            "size": session.size,
+            "warnings": session.warnings,
+        })
+    except BaseException:
+        session.take_back()
+        raise
+    for signal_number in late:
+        signal.raise_signal(signal_number)
     return daemon.serve()
 
 

@@ -81,6 +81,7 @@ class Session(TableHost):
         self.link = ""
         self.block_size = SECTOR
         self.size = 0
+        self.is_live = False
         self._notice = notice
         self._control: Control
         self._undo = contextlib.ExitStack()
@@ -130,6 +131,7 @@ class Session(TableHost):
             self.hydration.start()
         self.claim.write_options(options)
         self.base.keep()
+        self.is_live = True
         self._undo.pop_all()
 
     def _clear_previous(self) -> None:
@@ -413,6 +415,12 @@ class Session(TableHost):
         if not self._stopped_disk:
             self._control.stop_dev(self.info.id)
             self._stopped_disk = True
+
+    def take_back(self) -> None:
+        """Take down a live device that nobody was told of: it cannot be served after all."""
+        with contextlib.suppress(UbiError):
+            self.stop_disk(force=True)
+            self.finish()
 
     def _refuse_if_open(self) -> None:
         busy = UbiError(
