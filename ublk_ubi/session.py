@@ -18,6 +18,7 @@ import errno
 import fcntl
 import os
 import select
+import signal
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,7 @@ from ublk_ubi.table import TableHost, boot_id
 from ublk_ubi.upkeep import Upkeep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ublk_ubi.device_params import DevInfo
     from ublk_ubi.options import DeviceOptions
@@ -305,15 +306,16 @@ class Session(TableHost):
             self._check_tail()
         stripe = opener.stripe_bytes
         zero_copy = self.options.data_path != "copy" and ZERO_COPY in self._features
-        self.info = self._add_device(stripe, zero_copy=zero_copy)
-        if zero_copy and ZERO_COPY not in self.info.flags:
-            self._control.del_dev(self.info.id)
-            if self.options.data_path == "zero-copy":
-                raise UbiError(
-                    "--data-path zero-copy: the ublk driver did not grant it: drop --data-path",
-                )
-            self.info = self._add_device(stripe, zero_copy=False)
-        self._undo.callback(self._delete_device)
+        with _signals_wait():  # an id that the kernel gave out is taken back by nobody else
+            self.info = self._add_device(stripe, zero_copy=zero_copy)
+            if zero_copy and ZERO_COPY not in self.info.flags:
+                self._control.del_dev(self.info.id)
+                if self.options.data_path == "zero-copy":
+                    raise UbiError(
+                        "--data-path zero-copy: the ublk driver did not grant it: drop --data-path",
+                    )
+                self.info = self._add_device(stripe, zero_copy=False)
+            self._undo.callback(self._delete_device)
         self.claim.write_state(self._state())
         self._control.set_params(self.info.id, self._params(stripe))
 
@@ -648,6 +650,18 @@ class Session(TableHost):
             **counters,
             "uptime_s": round(time.monotonic() - self.started_at, 3),
         }
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Have the signals that end a daemon come after what is done here, not amid it."""
+    before = signal.pthread_sigmask(
+        signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+    )
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def open_patiently(path: str) -> int:

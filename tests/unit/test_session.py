@@ -1,0 +1,47 @@
+"""A device's way up, in parts: what a signal may interrupt."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from ublk_ubi.abi import Feature
+from ublk_ubi.options import DeviceOptions
+from ublk_ubi.session import Session
+
+
+class Ended(BaseException):
+    pass
+
+
+def test_an_id_that_the_kernel_gave_out_is_taken_back() -> None:
+    """The signal comes while ADD_DEV runs: only its answer tells the id."""
+    deleted: list[int] = []
+
+    def add_dev(_params: object) -> SimpleNamespace:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return SimpleNamespace(id=5)
+
+    def end(*_: object) -> None:
+        raise Ended
+
+    session = Session.__new__(Session)
+    session.options = DeviceOptions(image="/i", base="/b")
+    session._features = Feature.CMD_IOCTL_ENCODE
+    session._cookie = 1
+    session._undo = contextlib.ExitStack()
+    session._control = SimpleNamespace(add_dev=add_dev, del_dev=deleted.append)
+    opener = SimpleNamespace(creating=False, stripe_bytes=1 << 20)
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        with pytest.raises(Ended):
+            session.before_write(opener)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    session._undo.close()
+    assert deleted == [5]
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
