@@ -207,7 +207,7 @@ def open_base(
                     "give --image, or another --base",
                 ) from None
             data_size = create_data_size if size is None else size
-            base = _create(path, image, data_size, fence, undo)
+            base = _create(path, image, data_size, fence, undo, enough=create_data_size)
         except OSError as error:
             raise open_failure("base", path, error) from None
         else:
@@ -311,12 +311,16 @@ def _open_device(path: str, node: Node, fence: Fence, undo: contextlib.ExitStack
 
 
 def _create(
-    path: str, image: Image, data_size: int, fence: Fence, undo: contextlib.ExitStack,
+    path: str, image: Image, data_size: int, fence: Fence, undo: contextlib.ExitStack, *,
+    enough: int,
 ) -> Base:
-    """Make a sparse file of 8 MiB and `data_size`; on any error it is removed again."""
+    """Make a sparse file of 8 MiB and `data_size` (`enough` of it: the image and no more).
+
+    On any error it is removed again.
+    """
     refuse_too_small(
         f"base {shown(path)}", METADATA_SIZE + data_size, f"image {shown(image.path)}", image.size,
-        way_out="make it with a larger --size",
+        way_out=f"leave --size out, or give {enough} at least",
     )
     name = os.path.basename(path)
     if name in ("", ".", ".."):

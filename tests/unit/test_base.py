@@ -351,8 +351,8 @@ def test_a_size_that_no_disk_has(place: Path, image: Image, size: int):
 
 def test_a_new_base_too_small(place: Path, image: Image):
     needed = 8 * MIB + 49 * 64 * KIB  # 3 MiB and a sector
-    refused(place / "b", image, "too small", image.path, str(needed), "larger --size",
-            size=3 * MIB)
+    refused(place / "b", image, "too small", image.path, str(needed),
+            f"leave --size out, or give {DATA_SIZE} at least", size=3 * MIB)
 
 
 def test_an_old_base_too_small(place: Path, image: Image):
