@@ -234,17 +234,25 @@ class Session(TableHost):
         info = self.info
         self._ublkc = open_patiently(f"/dev/ublkc{info.id}")
         self._undo.callback(self._close_ublkc)
-        self.plane = DataPlane(
-            self.opener,
-            queues=info.queues,
-            depth=info.depth,
-            copy_on_read=self.options.copy_on_read,
-            device_bytes=self.size,
-            cache=self.options.cache,
-            zero_copy=ZERO_COPY in info.flags,
-            base_is_block=self.base.is_block,
-            block_bytes=self.block_size,
-        )
+        try:
+            self.plane = DataPlane(
+                self.opener,
+                queues=info.queues,
+                depth=info.depth,
+                copy_on_read=self.options.copy_on_read,
+                device_bytes=self.size,
+                cache=self.options.cache,
+                zero_copy=ZERO_COPY in info.flags,
+                base_is_block=self.base.is_block,
+                block_bytes=self.block_size,
+            )
+        except MemoryError:
+            memory = info.queues * info.depth * self.opener.stripe_bytes
+            raise UbiError(
+                f"--queues {info.queues} and --depth {info.depth} with stripes of "
+                f"{size_text(self.opener.stripe_bytes)} want up to {size_text(memory)} of memory, "
+                "more than there is: use a smaller --depth",
+            ) from None
         self._undo.callback(self._quit_threads)
         sync_fds = self.base.reopen_for_sync(info.queues + 1)
         image_fd = self.image.fd if self.image else -1

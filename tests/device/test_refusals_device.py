@@ -517,6 +517,17 @@ def block_size_too_small(scene: Scene) -> Case:
 
 
 @case
+def depth_that_memory_does_not_hold(scene: Scene) -> Case:
+    """4 GiB of request buffers where the process may have 3 in all."""
+    config = scene.file("config", b'{"data_path": "copy"}')
+    return Case(
+        scene.add("--depth", 4096, "--stripe-size", "1M", "--config", config),
+        ["--depth 4096", "4 GiB", "smaller"],
+        prefix=["prlimit", f"--as={3 * GIB}"], absent=[scene.base],
+    )
+
+
+@case
 def owner_unknown(scene: Scene) -> Case:
     return _usage(scene, "--owner", "nosuchuser", says="'nosuchuser'")
 
