@@ -207,3 +207,27 @@ def test_fetches_that_fail_again_and_again_use_nothing_up(
         assert base.at(at, STRIPE) == (
             bytes([stripe + 1]) * BLOCK + image.at(stripe * STRIPE + BLOCK, STRIPE - BLOCK)
         )
+
+
+@pytest.mark.parametrize("change", ["written", "shorter"])
+def test_an_image_that_changes_degrades_its_disk(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str], change: str,
+) -> None:
+    """What was copied of it and what is read of it from now on may not go together."""
+    image = make_image(IMAGE_SIZE)
+    device = ubi.add(image, make_base(IMAGE_SIZE), size=IMAGE_SIZE, stripe_size=STRIPE)
+    write(device, 0, b"h" * BLOCK)
+    assert ubi.command("status", device.name).code == 0
+    with open(image.path, "r+b") as file:
+        if change == "written":
+            file.write(b"x")
+        else:
+            file.truncate(IMAGE_SIZE - STRIPE)
+    until(lambda: ubi.command("status", device.name).code == 3, "it is noticed")
+    assert image.path in ubi.command("status", device.name, "--json").json()["degraded"]
+    # What is on the base is as sound as before.
+    assert read(device, 0) == b"h" * BLOCK
+    if change == "shorter":
+        assert fails(read, device, IMAGE_SIZE - BLOCK)
+    flush(device)
+    device.stop()
