@@ -30,6 +30,7 @@ MAX_ID = (1 << 20) - 1  # the driver's minor numbers
 MAX_PATH = 4095
 SIZE_KEYS = ("size", "stripe_size", "block_size", "rate")
 PATH_KEYS = ("image", "base")
+CHOICES = {"block_size": "512 or 4096", "image_format": "raw", "image_cache": "none or page"}
 EXCLUSIVE = (("format", "adopt"), ("zero", "keep_old_data"))
 
 
@@ -71,8 +72,10 @@ def build_options(values: dict[str, Any]) -> DeviceOptions:
         options = msgspec.convert(values, DeviceOptions)
     except msgspec.ValidationError as error:
         reason, _, where = str(error).partition(" - at `$.")
-        name = f"{where.rstrip('`')}: " if where else ""
-        raise UbiError(f"{name}{reason[:1].lower()}{reason[1:]}", Exit.USAGE) from None
+        key = where.rstrip("`")
+        name = f"{key}: " if key else ""
+        way_out = f"; use {CHOICES[key]}" if key in CHOICES else ""
+        raise UbiError(f"{name}{reason[:1].lower()}{reason[1:]}{way_out}", Exit.USAGE) from None
     _check(options)
     return options
 
