@@ -40,7 +40,7 @@ EXAMPLES = """
 )
 @click.option(
     "--size", type=size, metavar="SIZE",
-    help="Size of the disk; a new base is 8 MiB larger. [default: the image's]",
+    help="Size of the disk; a new base is 8 MiB larger. [default: the image's, in whole stripes]",
 )
 @click.option(
     "--stripe-size", type=size, metavar="SIZE",
@@ -51,7 +51,9 @@ EXAMPLES = """
     "-f", "--image-format", type=click.Choice(["raw"]),
     help="Take the image for raw, whatever it looks like.",
 )
-@click.option("-q", "--queues", type=int, help="Queues, a thread each. [default: 1]")
+@click.option(
+    "-q", "--queues", type=int, help="Queues, a thread each; no more than CPUs. [default: 1]",
+)
 @click.option("-d", "--depth", type=int, help="Requests in flight a queue. [default: 128]")
 @click.option("-n", "--id", "id", type=int, help="N of /dev/ublkbN. [default: a free one]")
 @click.option(
@@ -99,7 +101,8 @@ EXAMPLES = """
 )
 @click.option(
     "--config", "config_path", metavar="FILE",
-    help="JSON with these options, '_' for '-' (\"stripe_size\": \"64K\"); the command line wins.",
+    help='JSON with these options ("stripe_size": "64K", "fence_timeout_s": 5); the command line '
+    "wins.",
 )
 @click.option("--foreground", is_flag=True, help="Run the daemon in this process.")
 @click.option("--yes", is_flag=True, help="Do not ask before --format.")
