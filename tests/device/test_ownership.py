@@ -96,6 +96,7 @@ def test_copies_after_a_crash(ubi: Ubi, image: Image, device: Device) -> None:
             line = ubi.refused(image, path, code=1)
         assert path in line
         assert FORCE in line
+        assert "drops any record of writes" in line
     # The original is the one that the record of writes is of.
     device.start()
     assert read(device, STRIPE) == b"u" * BLOCK
