@@ -1,10 +1,16 @@
 """The device daemon: one process a device. Its main thread owns control, never an I/O.
 
-    python -m ublk_ubi.daemon --options-fd N --ready-fd M
+    python -m ublk_ubi.daemon --options-fd N --ready-fd M [--recover] [--go-fd G]
 
 reads DeviceOptions as JSON from N, brings the device up, writes one JSON line to M, then serves
 its control socket until the device is stopped: by `stop` on the socket, by a signal, or because
 somebody took the disk away. What waits (stopping) runs on a thread of its own, one at a time.
+
+With --recover it takes over the disk that a dead daemon left under its name; with --go-fd it first
+loads all that it needs, writes `{"ready": true}`, and begins when G has a byte (an upgrade).
+
+It *leaves* when it is to end and the disk is to stay: on SIGTERM while the disk is in use, and for
+an upgrade. Then it stands by, and goes on itself if no other daemon has come up.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import select
 import selectors
 import signal
 import sys
@@ -21,6 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
+from ublk_ubi import runtime
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.options import MAX_RATE, DeviceOptions
 from ublk_ubi.rpc_server import Deferred, NoParams, Server
@@ -33,6 +41,8 @@ if TYPE_CHECKING:
 LINGER_S = 2.0
 SECOND_SIGNAL_S = 5.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STAND_BY_S = 60.0
+STAND_BY_POLL_S = 0.02
 
 
 class StopParams(msgspec.Struct, forbid_unknown_fields=True):
@@ -46,6 +56,12 @@ class HydrateParams(msgspec.Struct, forbid_unknown_fields=True):
 
     run: bool | None = None
     rate: Annotated[int, msgspec.Meta(ge=0, le=MAX_RATE)] | None = None
+
+
+class LeaveParams(msgspec.Struct, forbid_unknown_fields=True):
+    """Parameters of `leave`: the process that starts the next daemon; None: nobody does."""
+
+    upgrader: Annotated[int, msgspec.Meta(gt=0)] | None = None
 
 
 class Terminated(BaseException):
@@ -69,6 +85,8 @@ class Daemon:
         self._worker: threading.Thread | None = None
         self._waiting: list[Deferred] = []
         self._outcome: tuple[UbiError | None, bool] | None = None
+        self.left = False
+        self.upgrader: int | None = None
         self._signalled_at = float("-inf")
         self._server = Server(
             session.claim.socket,
@@ -76,6 +94,7 @@ class Daemon:
                 "status": (NoParams, self._on_status),
                 "stop": (StopParams, self._on_stop),
                 "hydrate": (HydrateParams, self._on_hydrate),
+                "leave": (LeaveParams, self._on_leave),
             },
             self._selector,
             report=log,
@@ -115,7 +134,19 @@ class Daemon:
                 hydration.start()
             else:
                 hydration.pause()
+        self._session.keep_hydration()
         return self._session.status(self._state)
+
+    def _on_leave(self, params: LeaveParams) -> Deferred:
+        if not self._session.device.recoverable:
+            raise UbiError(f"{self._session.claim.name} was added with --no-recovery")
+        if self._worker is not None:
+            raise UbiError(f"{self._session.claim.name} is stopping", Exit.BUSY)
+        self.upgrader = params.upgrader
+        answer = Deferred()
+        self._waiting.append(answer)
+        self._leave()
+        return answer
 
     def _on_stop(self, params: StopParams) -> Deferred:
         answer = Deferred()
@@ -131,6 +162,23 @@ class Daemon:
             self._state = "stopping"
             self._worker = threading.Thread(target=self._do_stop, args=(force,), daemon=True)
             self._worker.start()
+
+    def _leave(self) -> None:
+        """Begin to leave the disk to another daemon, unless it is being stopped."""
+        if self._worker is None:
+            self._state = "stopping"
+            self._worker = threading.Thread(target=self._do_leave, daemon=True)
+            self._worker.start()
+
+    def _do_leave(self) -> None:
+        problem: UbiError | None = None
+        try:
+            self._session.leave(on_purpose=self.upgrader is None)
+        except Exception as error:
+            problem = UbiError(f"the daemon failed to leave: {error!r}")
+        self.left = True
+        self._outcome = (problem, True)
+        os.eventfd_write(self._wake, 1)
 
     def _do_stop(self, force: bool) -> None:
         problem: UbiError | None = None
@@ -172,8 +220,13 @@ class Daemon:
             self._stop(force=True)
 
     def _on_signal(self, _mask: int) -> None:
-        """Stop unless the disk is in use; a second signal soon after takes it away all the same."""
+        """Stop. A disk in use stays, for the next daemon; one that cannot stay is refused, and taken
+        away when a second signal comes soon after."""  # noqa: D205, D209
         os.read(self._signals_fd, 64)
+        if self._session.device.recoverable and self._session.in_use():
+            log("asked to end by a signal: leaving the disk, which is in use, to the next daemon")
+            self._leave()
+            return
         now = time.monotonic()
         force = now - self._signalled_at < SECOND_SIGNAL_S
         self._signalled_at = now
@@ -189,8 +242,60 @@ class Daemon:
         return read_fd
 
 
+def has_taken_over(name: str) -> bool:
+    """Tell whether another daemon serves the device `name`."""
+    for device in runtime.all_devices():
+        if device.name == name:
+            return device.alive and not device.starting and device.pid != os.getpid()
+    return True  # it was served, and deleted
+
+
+def stand_by(name: str, upgrader: int, resume: threading.Event) -> bool:
+    """Wait until another daemon serves the device; False when none will.
+
+    `resume` (SIGUSR1) says so, or the end of the process that was to start it.
+    """
+    deadline = time.monotonic() + STAND_BY_S
+    try:
+        upgrader_fd = os.pidfd_open(upgrader)
+    except OSError:
+        upgrader_fd = -1
+    try:
+        while not has_taken_over(name):
+            ended = upgrader_fd < 0 or bool(select.select([upgrader_fd], [], [], STAND_BY_POLL_S)[0])
+            if resume.is_set() or ended or time.monotonic() > deadline:
+                return has_taken_over(name)
+    finally:
+        if upgrader_fd >= 0:
+            os.close(upgrader_fd)
+    return True
+
+
+def serve_to_the_end(session: Session, daemon: Daemon) -> int:
+    """Serve; after leaving for an upgrade that came to nothing, serve on."""
+    resume = threading.Event()
+    signal.signal(signal.SIGUSR1, lambda *_: resume.set())
+    while True:
+        resume.clear()
+        code = daemon.serve()
+        if not daemon.left or daemon.upgrader is None:
+            return code
+        name = session.claim.name
+        if stand_by(name, daemon.upgrader, resume):
+            return code
+        log("no other daemon has come up: going on")
+        session = Session(msgspec.structs.replace(session.options, name=name), notice=log)
+        session.start(recover=True)
+        daemon = Daemon(session)
+        log(f"{name} is live again: {session.info.disk_path}")
+
+
 def run(
-    options: DeviceOptions, ready: Callable[[dict[str, Any]], None], log_fd: int | None = None,
+    options: DeviceOptions,
+    ready: Callable[[dict[str, Any]], None],
+    log_fd: int | None = None,
+    *,
+    recover: bool = False,
 ) -> int:
     """Bring a device up, say so through `ready`, serve it to its end; returns the exit code.
 
@@ -212,7 +317,7 @@ def run(
     for number in SIGNALS:
         signal.signal(number, terminate)
     try:
-        session.start()
+        session.start(recover=recover)
     except Terminated as error:
         raise UbiError(f"ended by {error} before the device was live", Exit.FAILED) from None
     try:
@@ -238,7 +343,7 @@ def run(
         raise
     for signal_number in late:
         signal.raise_signal(signal_number)
-    return daemon.serve()
+    return serve_to_the_end(session, daemon)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -246,6 +351,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ublk_ubi.daemon")
     parser.add_argument("--options-fd", type=int, required=True)
     parser.add_argument("--ready-fd", type=int, required=True)
+    parser.add_argument("--recover", action="store_true")
+    parser.add_argument("--go-fd", type=int)
     arguments = parser.parse_args(argv)
     with open(arguments.options_fd, "rb") as file:
         options = msgspec.json.decode(file.read(), type=DeviceOptions)
@@ -260,7 +367,11 @@ def main(argv: list[str] | None = None) -> int:
         os.close(arguments.ready_fd)
 
     try:
-        return run(options, tell, log_fd=sys.stderr.fileno())
+        if arguments.go_fd is not None:
+            os.write(arguments.ready_fd, b'{"ready": true}\n')
+            if not os.read(arguments.go_fd, 1):
+                return int(Exit.FAILED)
+        return run(options, tell, log_fd=sys.stderr.fileno(), recover=arguments.recover)
     except UbiError as error:
         log(error.message)
         if not told:

@@ -86,6 +86,11 @@ class Hydration:
             self.rate = rate
             self._plane.set_rate(rate)
 
+    @property
+    def wanted(self) -> bool:
+        """Whether an operator wants it to go on."""
+        return self._wanted
+
     def see_space(self, free: int, total: int) -> None:
         """Learn how much of the base's filesystem is free, in bytes."""
         with self._lock:

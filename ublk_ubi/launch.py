@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ublk_ubi.options import DeviceOptions
 
 MAX_ANSWER = 64 << 10
+LOADED = b'{"ready": true}\n'
 STOP_WAIT_S = 10.0
 _END_WAIT_S = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -61,8 +62,17 @@ def daemon_command() -> list[str]:
     return [sys.executable, "-P", "-m", "ublk_ubi.daemon"]
 
 
-def start_daemon(options: DeviceOptions, notice: Callable[[str], None] | None = None) -> Ready:
+def start_daemon(
+    options: DeviceOptions,
+    notice: Callable[[str], None] | None = None,
+    *,
+    recover: bool = False,
+    before_go: Callable[[], None] | None = None,
+) -> Ready:
     """Start a daemon for `options` and wait for its device.
+
+    `recover`: it takes over the disk that another left. `before_go` is called when the daemon has
+    loaded all that it needs and waits to begin; what it raises ends the daemon.
 
     `notice` hears what the daemon logs when the wait gets long: what it waits for. Raises
     UbiError: the daemon's own reason, or how it died. On SIGINT, SIGTERM or SIGHUP the daemon is
@@ -71,20 +81,44 @@ def start_daemon(options: DeviceOptions, notice: Callable[[str], None] | None = 
     log_fd = runtime.open_log()
     try:
         ready_fd, their_ready_fd = os.pipe()
+        their_go_fd, go_fd = os.pipe()
         try:
             with _signals_as_bytes() as signal_fd:
-                process = _spawn(options, log_fd, their_ready_fd)
+                arguments = ["--recover"] if recover else []
+                if before_go is not None:
+                    arguments += ["--go-fd", str(their_go_fd)]
+                process = _spawn(options, log_fd, their_ready_fd, their_go_fd, arguments)
                 told = _Told(log_fd, notice)
+                if before_go is not None:
+                    line = _wait_for_line(ready_fd, signal_fd, process, told)
+                    if line != LOADED:
+                        return _judge(line, process, log_fd)
+                    _begin(process, go_fd, before_go)
                 line = _wait_for_line(ready_fd, signal_fd, process, told)
         finally:
             os.close(ready_fd)
+            os.close(go_fd)
         return _judge(line, process, log_fd)
     finally:
         runtime.discard_log(log_fd)
 
 
-def _spawn(options: DeviceOptions, log_fd: int, ready_fd: int) -> subprocess.Popen[bytes]:
-    """Start the process; `ready_fd` is its from then on, and closed here."""
+def _begin(
+    process: subprocess.Popen[bytes], go_fd: int, before_go: Callable[[], None],
+) -> None:
+    """Let a daemon begin that has loaded all; end it if the time has not come."""
+    try:
+        before_go()
+    except BaseException:
+        _stop(process)
+        raise
+    os.write(go_fd, b"1")
+
+
+def _spawn(
+    options: DeviceOptions, log_fd: int, ready_fd: int, go_fd: int, arguments: list[str],
+) -> subprocess.Popen[bytes]:
+    """Start the process; `ready_fd` and `go_fd` are its from then on, and closed here."""
     options_fd = os.memfd_create("options")
     try:
         data = msgspec.json.encode(options)
@@ -92,13 +126,13 @@ def _spawn(options: DeviceOptions, log_fd: int, ready_fd: int) -> subprocess.Pop
         os.lseek(options_fd, 0, os.SEEK_SET)
         descriptors = ["--options-fd", str(options_fd), "--ready-fd", str(ready_fd)]
         return subprocess.Popen(
-            [*daemon_command(), *descriptors],
+            [*daemon_command(), *descriptors, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log_fd,
             stderr=log_fd,
             cwd="/",
             env=_environment(),
-            pass_fds=(options_fd, ready_fd),
+            pass_fds=(options_fd, ready_fd, go_fd),
             start_new_session=True,
         )
     except OSError as error:
@@ -106,6 +140,7 @@ def _spawn(options: DeviceOptions, log_fd: int, ready_fd: int) -> subprocess.Pop
     finally:
         os.close(options_fd)
         os.close(ready_fd)
+        os.close(go_fd)
 
 
 def _environment() -> dict[str, str]:

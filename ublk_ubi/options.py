@@ -50,6 +50,7 @@ class DeviceOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
     zero: bool = False
     keep_old_data: bool = False
     partscan: bool = False
+    recovery: bool = True
     owner: str | None = None
     mode: int = 0o660
     fence_timeout_s: float = 30.0

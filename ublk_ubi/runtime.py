@@ -55,6 +55,8 @@ class State(msgspec.Struct, kw_only=True, omit_defaults=True):
     pid: int = 0
     pid_start: int = 0  # clock ticks after boot: tells a process from a later one with its pid
     id: int | None = None
+    recoverable: bool = False  # the disk stays when its daemon dies, and waits for the next
+    left: bool = False  # … and it has left on purpose: nobody is to bring it back unasked
     cookie: int | None = None  # ADD_DEV's server_flags, random: proves that a device `id` is ours
     device: str | None = None
     link: str | None = None

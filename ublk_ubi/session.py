@@ -2,11 +2,14 @@
 
     up      claim name → image → base (the fence) → fingerprint → metadata read and judged
             → ADD_DEV → metadata written → hydrator: last stripe, commit → queues → START_DEV → link
+    again   the same, but START_USER_RECOVERY for ADD_DEV and END_USER_RECOVERY for START_DEV
     down    STOP_DEV → queues end → hydrator commits → base closed → DEL_DEV → link and name go
+    leave   requests under way end → threads end → all files closed; disk, link and name stay
 
 Invariants
 - What can be refused is refused before the first write to the base.
 - Whatever fails on the way up is undone, in reverse: no device, no link, no name, no new file left.
+  A disk that was to be taken over stays as it was found, for the next to try.
 - The base is closed only after the hydrator says that all is committed; else its table stays.
 - Queue threads and hydrator have image, base and ublkc registered in their rings (the fence).
 """
@@ -15,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import select
 import signal
@@ -23,24 +25,26 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ublk_ubi import links, runtime, zeroing
 from ublk_ubi._device import DataPlane
 from ublk_ubi._opener import Opener, Refused
-from ublk_ubi.abi import Feature
 from ublk_ubi.base import Base, open_base
 from ublk_ubi.bounds import required_block_size
 from ublk_ubi.config import resolve_owner
 from ublk_ubi.control import Control, ControlError, ControlTimeout
 from ublk_ubi.cpus import usable_cpus
-from ublk_ubi.device_params import AddParams, DeviceParams, DiscardLimits
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.files import shown, size_text
 from ublk_ubi.hydration import Hydration
 from ublk_ubi.image import FINGERPRINT_SIZE, Image, fingerprint, open_image
+from ublk_ubi.kernel_device import SECTOR, START_TIMEOUT_S, KernelDevice
 from ublk_ubi.memory import private_bytes
-from ublk_ubi.options import COPY_BUFFERS, DEFAULT_DEPTH, MAX_STRIPE_SIZE, METADATA_SIZE
+from ublk_ubi.options import MAX_STRIPE_SIZE, METADATA_SIZE
 from ublk_ubi.refusals import explain
-from ublk_ubi.removal import delete_kernel_device
+from ublk_ubi.removal import delete_kernel_device, user_of
+from ublk_ubi.table import VERSION as TABLE_VERSION
 from ublk_ubi.table import TableHost, boot_id
 from ublk_ubi.upkeep import Upkeep
 
@@ -51,13 +55,9 @@ if TYPE_CHECKING:
     from ublk_ubi.options import DeviceOptions
     from ublk_ubi.runtime import Claim
 
-SECTOR = 512
 DEFAULT_STRIPE_SIZE = 1 << 20
-START_TIMEOUT_S = 60.0
 LET_GO_TIMEOUT_S = 2.0
-OPEN_RETRY_S = 5.0
-MAX_DISCARD = 1 << 30
-ZERO_COPY = Feature.SUPPORT_ZERO_COPY | Feature.USER_COPY | Feature.AUTO_BUF_REG
+DRAIN_S = 0.3
 
 
 class Session(TableHost):
@@ -78,52 +78,51 @@ class Session(TableHost):
         self.plane: DataPlane
         self.hydration: Hydration
         self.upkeep: Upkeep
-        self.info: DevInfo
+        self.device: KernelDevice
         self.link = ""
         self.block_size = SECTOR
         self.size = 0
         self.is_live = False
         self._notice = notice
-        self._control: Control
         self._undo = contextlib.ExitStack()
-        self._cookie = int.from_bytes(os.urandom(8), "little")
         self._ublkc = -1
-        self._stopped_disk = False
         self._missing: UbiError | None = None
         self._cpus: list[int] = []
         self._hydrator_cpus: list[int] = []
 
     # ---- up ---------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Bring the device up. Raises UbiError; then all is undone."""
+    @property
+    def info(self) -> DevInfo:
+        """What the kernel has granted."""
+        return self.device.info
+
+    def start(self, *, recover: bool = False) -> None:
+        """Bring the device up; `recover`: the one that a dead daemon left. Raises UbiError; then all
+        is undone."""  # noqa: D205, D209
         try:
-            self._start()
+            self._start(recover=recover)
         except BaseException:
             self._undo.close()
             raise
 
-    def _start(self) -> None:
+    def _start(self, *, recover: bool) -> None:
         options = self.options
         self._cpus = usable_cpus("--cpus", options.cpus)
         self._hydrator_cpus = usable_cpus("--hydrator-cpus", options.hydrator_cpus)
-        control = self._undo.enter_context(Control.open())
-        self._control = control
-        features = control.get_features()
-        if options.data_path == "zero-copy" and ZERO_COPY not in features:
-            raise UbiError(
-                "--data-path zero-copy: this kernel's ublk driver has none (Linux 6.16 has): drop "
-                "--data-path",
-            )
+        self.device = KernelDevice(self._undo.enter_context(Control.open()), options)
         self.claim = runtime.claim(options.name, base=os.path.realpath(options.base))
         try:
-            self._clear_previous()
+            self._meet_previous(recover=recover)
         except BaseException:
             self.claim.abandon()  # what could not be cleared stays listed, as a dead device
             raise
-        self._undo.callback(self.claim.release)
+        taken_over = self.device.recovered
+        self._undo.callback(self.claim.abandon if taken_over else self.claim.release)
         self._open_files()
-        self._open_base(features)
+        if taken_over:
+            self._keep_geometry()
+        self._open_base()
         self._start_threads()
         self._go_live()
         self.upkeep.start()
@@ -135,17 +134,51 @@ class Session(TableHost):
         self.is_live = True
         self._undo.pop_all()
 
-    def _clear_previous(self) -> None:
-        """Remove what a dead daemon left under this name, once its last writes have landed."""
+    def _meet_previous(self, *, recover: bool) -> None:
+        """Take over what a dead daemon left under this name: told to, or because somebody uses it.
+
+        Otherwise remove it, once its last writes have landed.
+        """
         previous = self.claim.previous
-        if previous is not None and previous.id is not None:
-            dead = runtime.Device(
-                name=self.claim.name, folder=self.claim.folder, alive=False, state=previous,
+        if previous is None or previous.id is None:
+            if recover:
+                raise UbiError(f"{self.claim.name}: there is no disk to recover", Exit.NO_DEVICE)
+            return
+        if recover or self._is_needed(previous):
+            self.device.find(previous)
+            return
+        dead = runtime.Device(
+            name=self.claim.name, folder=self.claim.folder, alive=False, state=previous,
+        )
+        delete_kernel_device(
+            dead, previous, force=False, timeout_s=self.options.fence_timeout_s,
+        )
+        links.remove_link(self.claim.name, previous.id)
+
+    def _is_needed(self, previous: runtime.State) -> bool:
+        """Tell whether the disk waits for a daemon, and somebody for the disk."""
+        if previous.base != os.path.realpath(self.options.base):
+            return False
+        try:
+            self.device.find(previous)
+        except UbiError:
+            return False
+        self.device.recovered = False
+        return user_of(self.info.disk_path) is not None
+
+    def _keep_geometry(self) -> None:
+        """A disk that is taken over stays as large, and its blocks, as the kernel has them."""
+        params = self.device.control.get_params(self.info.id)
+        size = params.dev_sectors * SECTOR
+        if size > self.size or params.logical_block_size < self.block_size:
+            raise UbiError(
+                f"{self.claim.name}: {self.info.disk_path} has {size} bytes in blocks of "
+                f"{params.logical_block_size}, image and base now have {self.size} in blocks of "
+                f"{self.block_size}: give them back what they had, or end the disk with `ublk-ubi "
+                f"del --force {self.claim.name}`",
             )
-            delete_kernel_device(
-                dead, previous, force=False, timeout_s=self.options.fence_timeout_s,
-            )
-            links.remove_link(self.claim.name, previous.id)
+        self.size = size
+        self.block_size = params.logical_block_size
 
     def _open_files(self) -> None:
         """Image and base, opened and locked; nothing of them is changed."""
@@ -189,9 +222,8 @@ class Session(TableHost):
         else:
             self._undo.callback(self.image.close)
 
-    def _open_base(self, features: Feature) -> None:
-        """Judge the metadata; make a ublk device; write."""
-        self._features = features
+    def _open_base(self) -> None:
+        """Judge the metadata; make a ublk device, or take it over; write."""
         sync_fd = self.base.reopen_for_sync(1)[0]
         self.opener = Opener(
             base_fd=self.base.fd,
@@ -232,7 +264,7 @@ class Session(TableHost):
     def _start_threads(self) -> None:
         """Hydrator first: it commits what was found before anybody is served."""
         info = self.info
-        self._ublkc = open_patiently(f"/dev/ublkc{info.id}")
+        self._ublkc = self.device.open_char()
         self._undo.callback(self._close_ublkc)
         try:
             self.plane = DataPlane(
@@ -242,7 +274,7 @@ class Session(TableHost):
                 copy_on_read=self.options.copy_on_read,
                 device_bytes=self.size,
                 cache=self.options.cache,
-                zero_copy=ZERO_COPY in info.flags,
+                zero_copy=self.device.zero_copy,
                 base_is_block=self.base.is_block,
                 block_bytes=self.block_size,
             )
@@ -272,12 +304,13 @@ class Session(TableHost):
         self.upkeep = Upkeep(self.plane, self.hydration, self.image, self.base, self._notice)
 
     def _go_live(self) -> None:
-        control, info = self._control, self.info
-        control.start_dev(info.id, os.getpid(), timeout_s=START_TIMEOUT_S)
-        self._undo.callback(self._stop_disk)
-        self._set_owner(info.disk_path)
-        self.link = links.publish_link(self.claim.name, info.id)
-        self._undo.callback(links.remove_link, self.claim.name, info.id)
+        self.device.start()
+        if not self.device.recovered:
+            self._undo.callback(self.device.stop_quietly)
+            self._set_owner(self.info.disk_path)
+        self.link = links.publish_link(self.claim.name, self.info.id)
+        if not self.device.recovered:
+            self._undo.callback(links.remove_link, self.claim.name, self.info.id)
         self.claim.write_state(self._state(live=True))
 
     def _set_owner(self, path: str) -> None:
@@ -298,7 +331,8 @@ class Session(TableHost):
             size=self.size,
             table=self.path,
             base_identity=self.base.identity,
-            cookie=self._cookie,
+            cookie=self.device.cookie,
+            recoverable=self.device.recoverable,
         )
 
     @property
@@ -312,69 +346,18 @@ class Session(TableHost):
         """Everything is checked; take the device id, the last thing that can be refused."""
         if opener.creating:
             self._check_tail()
-        stripe = opener.stripe_bytes
-        zero_copy = self.options.data_path != "copy" and ZERO_COPY in self._features
+        if self.device.recovered:
+            self.device.take_over(self.options.fence_timeout_s, self._notice)
+            return
         with _signals_wait():  # an id that the kernel gave out is taken back by nobody else
-            self.info = self._add_device(stripe, zero_copy=zero_copy)
-            if zero_copy and ZERO_COPY not in self.info.flags:
-                self._control.del_dev(self.info.id)
-                if self.options.data_path == "zero-copy":
-                    raise UbiError(
-                        "--data-path zero-copy: the ublk driver did not grant it: drop --data-path",
-                    )
-                self.info = self._add_device(stripe, zero_copy=False)
-            self._undo.callback(self._delete_device)
+            self.device.make(opener.stripe_bytes)
+            self._undo.callback(self.device.delete_quietly)
         self.claim.write_state(self._state())
-        self._control.set_params(self.info.id, self._params(stripe))
-
-    def _add_device(self, stripe: int, *, zero_copy: bool) -> DevInfo:
-        """ADD_DEV, on one data path or the other."""
-        options = self.options
-        wanted = Feature.CMD_IOCTL_ENCODE
-        if not options.partscan:
-            wanted |= Feature.NO_AUTO_PART_SCAN
-        if zero_copy:
-            wanted |= ZERO_COPY
-        default_depth = DEFAULT_DEPTH if zero_copy else min(DEFAULT_DEPTH, COPY_BUFFERS // stripe)
-        try:
-            return self._control.add_dev(AddParams(
-                queues=options.queues,
-                depth=options.depth or default_depth,
-                max_io_bytes=stripe,
-                flags=wanted & self._features,
-                id=options.id,
-                server_flags=self._cookie,
-            ))
-        except ControlError as error:
-            if error.errno == errno.EEXIST:
-                raise UbiError(
-                    f"the id {options.id} is taken (/dev/ublkb{options.id}): give another --id, "
-                    "or none",
-                    Exit.BUSY,
-                ) from None
-            raise
-
-    def _params(self, stripe: int) -> DeviceParams:
-        """Describe the disk to the kernel."""
-        cached = self.options.cache != "writethrough"
-        alignment = max(self.base.alignment, self.image.alignment if self.image else 1)
-        return DeviceParams(
-            dev_sectors=self.size // SECTOR,
-            max_sectors=stripe // SECTOR,
-            chunk_sectors=stripe // SECTOR,
-            logical_block_size=self.block_size,
-            physical_block_size=max(4096, self.block_size),
-            io_min=4096,
-            io_opt=stripe,
-            volatile_cache=cached,
-            fua=cached,
-            discard=DiscardLimits(
-                granularity=4096,
-                max_discard_sectors=MAX_DISCARD // SECTOR,
-                max_write_zeroes_sectors=stripe // SECTOR,
-            ),
-            # Zero copy: image and base get the guest's own pages.
-            dma_alignment=max(SECTOR, alignment) if ZERO_COPY in self.info.flags else None,
+        self.device.describe(
+            size=self.size,
+            block_size=self.block_size,
+            stripe_bytes=opener.stripe_bytes,
+            alignment=max(self.base.alignment, self.image.alignment if self.image else 1),
         )
 
     def zero_tail(self, opener: Opener) -> None:
@@ -418,40 +401,48 @@ class Session(TableHost):
 
         Raises UbiError; TIMED_OUT when a request that the image or base does not answer holds it.
         """
-        if self._stopped_disk:
-            return
-        if not force:
-            self._refuse_if_open()
-        if not self._stopped_disk:
-            self._control.stop_dev(self.info.id)
-            self._stopped_disk = True
+        self.device.stop(self.claim.name, force=force)
 
     def take_back(self) -> None:
-        """Take down a live device that nobody was told of: it cannot be served after all."""
+        """Take down a live device that nobody was told of: it cannot be served after all.
+
+        One that was taken over stays, for the next to try.
+        """
+        if self.device.recovered:
+            self.leave(on_purpose=False)
+            return
         with contextlib.suppress(UbiError):
             self.stop_disk(force=True)
             self.finish()
 
-    def _refuse_if_open(self) -> None:
-        busy = UbiError(
-            f"{self.claim.name} ({self.info.disk_path}) is in use: unmount or close it first, or "
-            "take it away with --force",
-            Exit.BUSY,
+    def in_use(self) -> bool:
+        """Whether somebody has the disk open or mounted."""
+        return user_of(self.info.disk_path) is not None
+
+    def keep_hydration(self) -> None:
+        """Have the next daemon hydrate as this one is told to."""
+        self.options = msgspec.structs.replace(
+            self.options, hydrate=self.hydration.wanted, rate=self.hydration.rate,
         )
-        if Feature.SAFE_STOP_DEV in self._features:
-            try:
-                self._control.try_stop_dev(self.info.id)
-            except ControlError as error:
-                if error.errno == errno.EBUSY:
-                    raise busy from None
-                raise
-            self._stopped_disk = True
-            return
-        try:
-            os.close(os.open(self.info.disk_path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                raise busy from None
+        self.claim.write_options(self.options)
+
+    def leave(self, *, on_purpose: bool) -> None:
+        """Let go of everything, and leave the disk to the next daemon: its requests wait for that.
+
+        What is under way ends first, for a moment: a disk that does not answer holds nobody up. All
+        else is as if this process were killed, which costs nothing (docs/durability.md).
+        """
+        self.upkeep.stop()
+        self.claim.write_state(msgspec.structs.replace(self._state(live=True), left=on_purpose))
+        self.plane.leave()
+        deadline = time.monotonic() + DRAIN_S
+        while not self._queues_stopped() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        self._quit_threads()
+        self._close_ublkc()
+        self._close_files()
+        self.device.control.close()
+        self.claim.abandon()
 
     def finish(self) -> UbiError | None:
         """After the disk is gone: commit, close the base, remove every trace.
@@ -466,22 +457,25 @@ class Session(TableHost):
             problem = self._close_base()
         self._close_ublkc()
         links.remove_link(self.claim.name, self.info.id)
-        if self.table is not None:
-            self.table.close()
-        self.base.close()
-        if self.image is not None:
-            self.image.close()
+        self._close_files()
         try:
-            self._control.del_dev(self.info.id, timeout_s=LET_GO_TIMEOUT_S)
+            self.device.control.del_dev(self.info.id, timeout_s=LET_GO_TIMEOUT_S)
         except ControlError as error:
             # Our own I/O is over. Who has the dead disk open or mounted keeps its id, no more.
             if not isinstance(error, ControlTimeout) and error.errno != errno.ENODEV:
                 self.claim.abandon()
                 return problem or error
         finally:
-            self._control.close()
+            self.device.control.close()
         self.claim.release()
         return problem
+
+    def _close_files(self) -> None:
+        if self.table is not None:
+            self.table.close()
+        self.base.close()
+        if self.image is not None:
+            self.image.close()
 
     def _commit(self) -> UbiError | None:
         """Queues end by themselves once the disk is gone; then the hydrator commits."""
@@ -510,14 +504,6 @@ class Session(TableHost):
         return None
 
     # ---- undoing; each of these may come after a failure of any step ------------------------
-
-    def _stop_disk(self) -> None:
-        with contextlib.suppress(UbiError):
-            self._control.stop_dev(self.info.id)
-
-    def _delete_device(self) -> None:
-        with contextlib.suppress(ControlError):
-            self._control.del_dev(self.info.id)
 
     def _close_ublkc(self) -> None:
         if self._ublkc >= 0:
@@ -643,7 +629,9 @@ class Session(TableHost):
             "image_cache": self.options.image_cache,
             "image_direct": self.image.direct if self.image is not None else None,
             "base_direct": self.base.direct,
-            "data_path": "zero-copy" if ZERO_COPY in self.info.flags else "copy",
+            "data_path": "zero-copy" if self.device.zero_copy else "copy",
+            "recoverable": self.device.recoverable,
+            "table_version": TABLE_VERSION,
             "cache": self.options.cache,
             "uuid": str(uuid.UUID(bytes=self.opener.uuid)),
             "generation": self.opener.generation,
@@ -670,18 +658,3 @@ def _signals_wait() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def open_patiently(path: str) -> int:
-    """Open ublkcN read-write; udev may hold it for a moment. Raises UbiError."""
-    deadline = time.monotonic() + OPEN_RETRY_S
-    while True:
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as error:
-            if error.errno not in (errno.EBUSY, errno.ENOENT) or time.monotonic() > deadline:
-                raise UbiError(f"{path} cannot be opened: {error.strerror}") from None
-            time.sleep(0.01)
-        else:
-            fcntl.fcntl(fd, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-            return fd

@@ -245,6 +245,13 @@ cdef class DataPlane:
         store_u32(&self.hydrator.base.stop, 1)
         eventfd_write(self.hydrator.base.wake_fd, 1)
 
+    def leave(self):
+        """Have the queues end what is under way and leave; the kernel keeps all else for later."""
+        cdef uint32_t index
+        for index in range(self.device.shared.queues):
+            store_u32(&self.queues[index].base.leave, 1)
+            eventfd_write(self.queues[index].base.wake_fd, 1)
+
     def quit(self):
         """Leave at once, serving nobody: for a device that never went live."""
         cdef uint32_t index

@@ -55,6 +55,7 @@ cdef struct ThreadBase:
     char name[16]                  # as ps -L shows it
     int wake_fd                    # eventfd: the control thread wants this thread's attention
     uint32_t quit                  # leave at once (nothing is served any more)
+    uint32_t leave                 # a queue: end what is under way, begin nothing, then leave
     uint32_t stop                  # the hydrator: finish, commit, then stop
     uint32_t drop_image            # nobody needs the image: let go of it
     uint32_t image_dropped         # done

@@ -213,6 +213,8 @@ cdef void on_ublk(QueueThread* thread, uint16_t tag, int32_t res) noexcept nogil
         # again; STOP_DEV and the process's end both cope with that.
         thread.tags_gone += 1
         return
+    if load_u32(&thread.base.leave):
+        return  # the kernel sends it again, to the next daemon
     if thread.registered != NULL and not copy_in(thread, tag, descriptor):
         tell_ublk(thread, UBI_U_IO_COMMIT_AND_FETCH_REQ, tag, -EIO)
         return
@@ -292,7 +294,9 @@ cdef void run_queue(QueueThread* thread) noexcept nogil:
     tell(base, THREAD_RUNNING, 0)
     while thread.tags_gone < thread.queue.depth or thread.queue.active > 0:
         queue_wait(thread, own)
-        if load_u32(&base.quit):
+        if load_u32(&base.quit) or (load_u32(&base.leave) and thread.queue.active == 0):
+            # What the last turn committed leaves with this; nobody awaits its CQE.
+            ring_enter(&base.ring, 0)
             break
         base.turns += 1
         thread.now = now_ns()

@@ -28,6 +28,8 @@ COMMANDS = {
     "del": ("delete", "Take disks away; what was written stays on their bases."),
     "list": ("listing", "List the disks of this machine."),
     "status": ("status", "Show how disks are doing; exit code 3 if one is degraded."),
+    "recover": ("recover", "Bring back disks whose daemons died; their requests wait for it."),
+    "upgrade": ("upgrade", "Move disks, in use or not, to the installed version."),
     "inspect": ("inspect", "Say what a base holds, without a daemon."),
     "doctor": ("doctor", "Check whether this machine can run disks, and what to do if not."),
     "completion": ("completion", "Print the completion script of a shell."),

@@ -93,6 +93,10 @@ EXAMPLES = """
 @click.option(
     "--partscan", is_flag=True, default=None, help="Let this host look for partitions on the disk.",
 )
+@click.option(
+    "--recovery/--no-recovery", default=None,
+    help="Whether the disk stays when its daemon dies, and its requests wait. [default: yes]",
+)
 @click.option("--owner", metavar="U[:G]", help="Owner of the device node.")
 @click.option("--mode", type=mode, metavar="MODE", help="Its permissions. [default: 0660]")
 @click.option(
