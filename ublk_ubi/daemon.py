@@ -220,8 +220,10 @@ class Daemon:
             self._stop(force=True)
 
     def _on_signal(self, _mask: int) -> None:
-        """Stop. A disk in use stays, for the next daemon; one that cannot stay is refused, and taken
-        away when a second signal comes soon after."""  # noqa: D205, D209
+        """Stop. A disk in use is left to the next daemon, if it can be.
+
+        If it cannot, stopping is refused, but when a second signal comes soon after.
+        """
         os.read(self._signals_fd, 64)
         if self._session.device.recoverable and self._session.in_use():
             log("asked to end by a signal: leaving the disk, which is in use, to the next daemon")
@@ -262,7 +264,9 @@ def stand_by(name: str, upgrader: int, resume: threading.Event) -> bool:
         upgrader_fd = -1
     try:
         while not has_taken_over(name):
-            ended = upgrader_fd < 0 or bool(select.select([upgrader_fd], [], [], STAND_BY_POLL_S)[0])
+            ended = upgrader_fd < 0
+            if not ended:
+                ended = bool(select.select([upgrader_fd], [], [], STAND_BY_POLL_S)[0])
             if resume.is_set() or ended or time.monotonic() > deadline:
                 return has_taken_over(name)
     finally:

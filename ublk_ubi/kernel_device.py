@@ -3,9 +3,9 @@
     made         ADD_DEV → SET_PARAMS → (ublkc opened, every tag fetched) → START_DEV
     taken over   START_USER_RECOVERY → (the same) → END_USER_RECOVERY
 
-A device is ours when its `server_flags` hold the random number that its daemon chose, the cookie: the
-kernel gives an id to the next who asks. What was granted when it was made (queues, depth, data path)
-stays with it through every recovery.
+A device is ours when its `server_flags` hold the random number that its daemon chose, the cookie:
+the kernel gives an id to the next who asks. What was granted when it was made (queues, depth, data
+path) stays with it through every recovery.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class KernelDevice:
     # ---- taking over ------------------------------------------------------------------------
 
     def find(self, state: State) -> None:
-        """Look at the device that a dead daemon left. Raises UbiError when it is not there any more."""
+        """Look at the device that a dead daemon left. Raises UbiError when it is not there."""
         assert state.id is not None
         try:
             self.info = self.control.get_dev_info(state.id)

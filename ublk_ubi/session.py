@@ -98,8 +98,10 @@ class Session(TableHost):
         return self.device.info
 
     def start(self, *, recover: bool = False) -> None:
-        """Bring the device up; `recover`: the one that a dead daemon left. Raises UbiError; then all
-        is undone."""  # noqa: D205, D209
+        """Bring the device up; `recover`: the one that a dead daemon left.
+
+        Raises UbiError; then all is undone.
+        """
         try:
             self._start(recover=recover)
         except BaseException:
@@ -167,7 +169,7 @@ class Session(TableHost):
         return user_of(self.info.disk_path) is not None
 
     def _keep_geometry(self) -> None:
-        """A disk that is taken over stays as large, and its blocks, as the kernel has them."""
+        """Leave a disk that is taken over as large, and its blocks, as the kernel has them."""
         params = self.device.control.get_params(self.info.id)
         size = params.dev_sectors * SECTOR
         if size > self.size or params.logical_block_size < self.block_size:

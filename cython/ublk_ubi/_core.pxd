@@ -53,7 +53,7 @@ cdef enum EventKind:
     EVENT_TICK = 4                 # about once a second
     EVENT_START = 5
     EVENT_STOP = 6
-    EVENT_HYDRATE = 7              # hydrator: op 1: copy all of the image (anew what failed); 0: pause
+    EVENT_HYDRATE = 7              # hydrator: op 1: copy all of the image, 0: pause
     EVENT_BUDGET = 8               # hydrator: offset: bytes that it may still copy unasked
 
 cdef enum Operation:               # as ublk numbers them
