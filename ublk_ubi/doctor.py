@@ -271,9 +271,8 @@ def check_run(mountinfo: str, free_bytes: int) -> Check:
     kind = mount_type(mountinfo, RUN_FOLDER)
     if kind not in {"tmpfs", "ramfs"}:
         return Check(
-            name, "fail", f"on {kind or 'nothing'}",
-            "mount a tmpfs on /run: a device's table must vanish with the kernel that it is true "
-            "for, or a power loss would be taken for a crash of the daemon",
+            name, "warn", f"on {kind or 'nothing'}",
+            "mount a tmpfs on /run: writing a device's table back to a disk may hold up its requests",
         )
     found = f"{kind}, {free_bytes >> 20} MiB free"
     if free_bytes < MIN_RUN_BYTES:

@@ -83,6 +83,7 @@ class Session(TableHost):
         self.block_size = SECTOR
         self.size = 0
         self.is_live = False
+        self._was_seen = False
         self._notice = notice
         self._undo = contextlib.ExitStack()
         self._ublkc = -1
@@ -306,6 +307,7 @@ class Session(TableHost):
         self.upkeep = Upkeep(self.plane, self.hydration, self.image, self.base, self._notice)
 
     def _go_live(self) -> None:
+        self._was_seen = True
         self.device.start()
         if not self.device.recovered:
             self._undo.callback(self.device.stop_quietly)
@@ -518,9 +520,12 @@ class Session(TableHost):
             self.plane.release()
 
     def _close_base_quietly(self) -> None:
-        """On the way up nothing was acknowledged: a table that was made for nothing goes. One that
-        was found may know of stripes that are not committed: it stays."""  # noqa: D205, D209
-        if not self.opener.going_on:
+        """Close a base that served nobody: a table that was made for nothing goes.
+
+        One that may know of stripes that are not committed stays: it was found, or the disk was
+        there for a moment.
+        """
+        if not self.opener.going_on and not self._was_seen:
             with contextlib.suppress(OSError, Refused):
                 self.opener.close(self)
         if self.table is not None:
