@@ -182,6 +182,10 @@ class Feature(enum.IntFlag):
     IO_DESC_SIZE = 1 << 20
 
 
+ZERO_COPY = Feature.SUPPORT_ZERO_COPY | Feature.USER_COPY | Feature.AUTO_BUF_REG
+"""What the zero-copy data path takes."""
+
+
 class DevState(enum.IntEnum):
     """The driver's view of a device."""
 

@@ -15,7 +15,7 @@ from typing import Final, Literal
 import msgspec
 
 from ublk_ubi import liburing
-from ublk_ubi.abi import Feature
+from ublk_ubi.abi import ZERO_COPY, Feature
 from ublk_ubi.agent_process import CONTROL_PATH
 from ublk_ubi.control import CAP_SYS_ADMIN, Control, effective_capabilities
 from ublk_ubi.errors import UbiError
@@ -187,6 +187,18 @@ def check_features(features: Feature) -> list[Check]:
     ]
 
 
+def check_data_path(features: Feature) -> Check:
+    """Say which way a disk's data goes with `add --data-path auto`."""
+    name = "data path"
+    missing = [feature.name or "" for feature in ZERO_COPY if feature not in features]
+    if not missing:
+        return Check(name, "ok", "zero copy: image and base read and write the requests' own pages")
+    return Check(
+        name, "warn", f"plain copy, through buffers: the driver has no {', '.join(missing)}",
+        f"for zero copy boot Linux {ZERO_COPY_KERNEL[0]}.{ZERO_COPY_KERNEL[1]} or later",
+    )
+
+
 def check_device_limit(release: str, ublks_max: str | None, devices: int) -> Check:
     """Judge ublks_max (None: the driver is not loaded) against the devices that exist."""
     name = "ublks_max"
@@ -320,7 +332,8 @@ def run_checks(root: Path = Path("/"), control_path: str = CONTROL_PATH) -> list
 def _features(control_path: str) -> list[Check]:
     try:
         with Control(control_path) as control:
-            return check_features(control.get_features(timeout_s=FEATURES_TIMEOUT_S))
+            features = control.get_features(timeout_s=FEATURES_TIMEOUT_S)
+            return [*check_features(features), check_data_path(features)]
     except UbiError as error:
         return [Check("features", "fail", "the driver does not tell", error.message)]
 

@@ -17,7 +17,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from ublk_ubi.abi import DevState, Feature
+from ublk_ubi.abi import ZERO_COPY, DevState, Feature
 from ublk_ubi.control import Control, ControlError
 from ublk_ubi.device_params import AddParams, DeviceParams, DiscardLimits
 from ublk_ubi.errors import Exit, UbiError
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 SECTOR = 512
 START_TIMEOUT_S = 60.0
 MAX_DISCARD = 1 << 30
-ZERO_COPY = Feature.SUPPORT_ZERO_COPY | Feature.USER_COPY | Feature.AUTO_BUF_REG
 RECOVERY = Feature.USER_RECOVERY | Feature.USER_RECOVERY_REISSUE
 _OPEN_RETRY_S = 5.0
 _RETRY_S = 0.01

@@ -645,6 +645,7 @@ class Session(TableHost):
             "stripes": stripes,
             "space": {
                 "allocated": self.upkeep.allocated,
+                "free": self.upkeep.free,
                 "hydrated": stripes["hydrated"] * stripe,
                 "needed": (stripes["total"] - stripes["hydrated"]) * stripe,
             },

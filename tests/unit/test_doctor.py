@@ -94,6 +94,19 @@ def test_features_that_6_12_lacks_are_named_with_their_price():
     assert all("Linux" in checks[name].advice for name in missing)
 
 
+def test_the_data_path_and_why():
+    check = doctor.check_data_path(FEATURES_OF_7_3)
+    assert (check.status, check.found.partition(":")[0]) == ("ok", "zero copy")
+    check = doctor.check_data_path(FEATURES_OF_6_12)
+    assert check.status == "warn"
+    assert check.found == (
+        "plain copy, through buffers: the driver has no SUPPORT_ZERO_COPY, AUTO_BUF_REG"
+    )
+    assert "Linux 6.16" in check.advice
+    one_less = doctor.check_data_path(FEATURES_OF_7_3 & ~Feature.USER_COPY)
+    assert one_less.found.endswith("the driver has no USER_COPY")
+
+
 def test_a_driver_without_ioctl_encoding_is_useless():
     checks = by_name(doctor.check_features(Feature(0)))
     assert checks["feature CMD_IOCTL_ENCODE"].status == "fail"
