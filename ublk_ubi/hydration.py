@@ -41,7 +41,10 @@ def parse_min_free(text: str) -> MinFree:
     """Read `5%` or a size such as `10G`; 0 leaves nothing alone. Raises UbiError (usage)."""
     number, percent, rest = text.strip().partition("%")
     if not percent:
-        return MinFree(parse_size(text), 0.0)
+        try:
+            return MinFree(parse_size(text), 0.0)
+        except UbiError as error:
+            raise UbiError(f"--min-free: {error.message}", Exit.USAGE) from None
     try:
         share = float(number) if not rest else -1.0
     except ValueError:

@@ -24,7 +24,8 @@ class Upkeep:
     """Watches a device's image and the room of its base.
 
     `image_problem` tells, once and for all, that the image is not what it was; `allocated` is how
-    many bytes of storage the base takes, None where nobody can tell.
+    many bytes of storage the base takes, `free` how many its filesystem has left: None where
+    nobody can tell, or there is none.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Upkeep:
     ) -> None:
         self.image_problem: str | None = None
         self.allocated: int | None = None
+        self.free: int | None = None
         self._plane = plane
         self._hydration = hydration
         self._image = image
@@ -76,7 +78,8 @@ class Upkeep:
             self.allocated = os.fstat(base.fd).st_blocks * 512
         except OSError:
             return  # it is being closed, or is stuck: no reason to stop copying
-        self._hydration.see_space(space.f_bavail * space.f_frsize, space.f_blocks * space.f_frsize)
+        self.free = space.f_bavail * space.f_frsize
+        self._hydration.see_space(self.free, space.f_blocks * space.f_frsize)
 
     def look_at_image(self) -> None:
         """From the first change on nothing of the image is served or copied any more."""
