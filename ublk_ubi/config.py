@@ -19,6 +19,7 @@ from ublk_ubi.options import (
     MAX_QUEUES,
     MAX_RATE,
     MAX_STRIPE_SIZE,
+    MIN_RATE,
     MIN_STRIPE_SIZE,
     DeviceOptions,
 )
@@ -28,7 +29,7 @@ from ublk_ubi.sizes import format_size, parse_size
 MAX_CONFIG = 1 << 20
 MAX_ID = (1 << 20) - 1  # the driver's minor numbers
 MAX_PATH = 4095
-SIZE_KEYS = ("size", "stripe_size", "block_size", "rate")
+SIZE_KEYS = ("size", "stripe_size", "block_size")
 PATH_KEYS = ("image", "base")
 CHOICES = {"block_size": "512 or 4096", "image_format": "raw", "image_cache": "none or page"}
 EXCLUSIVE = (("format", "adopt"), ("zero", "keep_old_data"))
@@ -37,8 +38,9 @@ EXCLUSIVE = (("format", "adopt"), ("zero", "keep_old_data"))
 def load_config(path: str) -> dict[str, Any]:
     """Read a config file: a JSON object with keys of DeviceOptions.
 
-    Sizes may be text (`"5G"`), `mode` octal text (`"0660"`); relative paths count from the file's
-    own folder. Raises UbiError (usage) that names the file and what is wrong with it.
+    Sizes may be text (`"5G"`), `rate` too, or `"max"`; `mode` is octal text (`"0660"`); relative
+    paths count from the file's own folder. Raises UbiError (usage) that names the file and what is
+    wrong with it.
     """
     try:
         values = msgspec.json.decode(_read(path), type=dict[str, Any])
@@ -61,6 +63,8 @@ def load_config(path: str) -> dict[str, Any]:
 
 def build_options(values: dict[str, Any]) -> DeviceOptions:
     """Make checked options of `values`, whose sizes are bytes already. Raises UbiError (usage)."""
+    if not values.get("base") and not values.get("image"):
+        raise UbiError("--image and --base are missing: say where they are", Exit.USAGE)
     if not values.get("base"):
         raise UbiError("--base is missing: say where the base is", Exit.USAGE)
     if not values.get("image") and not _may_lack_image(values):
@@ -110,6 +114,25 @@ def resolve_owner(owner: str) -> tuple[int, int]:
     return uid, gid
 
 
+def parse_rate(text: str) -> int | None:
+    """Read a rate in bytes a second, such as 200M; `max` is None. Raises UbiError (usage)."""
+    if text == "max":
+        return None
+    rate = parse_size(text)
+    check_rate(rate)
+    return rate
+
+
+def check_rate(rate: int) -> None:
+    """Refuse a rate that background hydration cannot keep to. Raises UbiError (usage)."""
+    if not MIN_RATE <= rate <= MAX_RATE:
+        raise UbiError(
+            f"--rate {rate} is out of range: {format_size(MIN_RATE)} to {format_size(MAX_RATE)} "
+            "(bytes a second), or max",
+            Exit.USAGE,
+        )
+
+
 def parse_mode(text: str) -> int:
     """Read permission bits in octal, such as 0660. Raises UbiError (usage)."""
     try:
@@ -144,6 +167,11 @@ def _from_text(key: str, value: Any, folder: str) -> Any:
             return parse_size(value)
         except UbiError as error:
             raise UbiError(f"{key}: {error.message}") from None
+    if key == "rate" and isinstance(value, str):
+        try:
+            return parse_rate(value)
+        except UbiError as error:
+            raise UbiError(f"rate: {error.message}") from None
     if key == "mode":
         if not isinstance(value, str):
             raise UbiError(f'mode {value!r}: write it as octal text, like "0660"')
@@ -164,7 +192,7 @@ def _check(options: DeviceOptions) -> None:
     if options.depth is not None:
         _check_range("depth", options.depth, 1, MAX_DEPTH)
     if options.rate is not None:
-        _check_range("rate", options.rate, 1, MAX_RATE)
+        check_rate(options.rate)
     parse_min_free(options.min_free)
     for option, cpus in (("--cpus", options.cpus), ("--hydrator-cpus", options.hydrator_cpus)):
         if cpus is not None:

@@ -24,13 +24,13 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
 from ublk_ubi import runtime
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.options import MAX_RATE, DeviceOptions
+from ublk_ubi.options import MAX_RATE, MIN_RATE, DeviceOptions
 from ublk_ubi.rpc_server import Deferred, NoParams, Server
 from ublk_ubi.session import Session
 
@@ -52,10 +52,10 @@ class StopParams(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class HydrateParams(msgspec.Struct, forbid_unknown_fields=True):
-    """Parameters of `hydrate`: `run` starts or pauses, `rate` is bytes a second, 0 no limit."""
+    """Parameters of `hydrate`: `run` starts or pauses, `rate` is bytes a second or "max"."""
 
     run: bool | None = None
-    rate: Annotated[int, msgspec.Meta(ge=0, le=MAX_RATE)] | None = None
+    rate: Annotated[int, msgspec.Meta(ge=MIN_RATE, le=MAX_RATE)] | Literal["max"] | None = None
 
 
 class LeaveParams(msgspec.Struct, forbid_unknown_fields=True):
@@ -127,7 +127,7 @@ class Daemon:
     def _on_hydrate(self, params: HydrateParams) -> dict[str, Any]:
         hydration = self._session.hydration
         if params.rate is not None:
-            hydration.set_rate(params.rate or None)
+            hydration.set_rate(None if params.rate == "max" else params.rate)
         if params.run is not None:
             log("background hydration is " + ("on" if params.run else "paused"))
             if params.run:

@@ -15,6 +15,9 @@ MAX_STRIPES = 2_097_152
 METADATA_SIZE = 8 << 20
 MAX_QUEUES = 64
 MAX_DEPTH = 4096
+MIN_RATE = 64 << 10
+"""Bytes a second: below, a stripe of 1 MiB would take minutes."""
+
 MAX_RATE = 1 << 34
 DEFAULT_DEPTH = 128
 COPY_BUFFERS = 32 << 20

@@ -46,6 +46,23 @@ def test_a_whole_config(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(("text", "rate"), [("200M", 200 << 20), ("max", None), (65536, 65536)])
+def test_rates(tmp_path: Path, text: object, rate: int | None) -> None:
+    path = write(tmp_path, {"image": "/i", "base": "/b", "rate": text, "hydrate": True})
+    options = config.build_options(config.load_config(path))
+    assert (options.rate, options.hydrate) == (rate, True)
+
+
+def test_a_base_that_is_there_may_lack_its_image(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    assert "--image is missing" in refused(config.build_options, {"base": str(base)})
+    base.touch()
+    assert config.build_options({"base": str(base)}).image is None
+    for making in ("format", "adopt"):
+        values = {"base": str(base), making: True}
+        assert "--image is missing" in refused(config.build_options, values)
+
+
 def test_bytes_are_sizes_too(tmp_path: Path) -> None:
     path = write(tmp_path, {"image": "/i", "base": "/b", "size": 4096})
     assert config.build_options(config.load_config(path)).size == 4096
@@ -60,12 +77,15 @@ def test_bytes_are_sizes_too(tmp_path: Path) -> None:
         ('{"image":', "not a JSON object"),
         ("[" * 100_000, "not a JSON object"),
         ('{"image": "\xff"}', None),
-        ({"image": "/i", "bas": "/b"}, "unknown key 'bas'; the keys are image, base, name"),
+        ({"image": "/i", "bas": "/b"}, "unknown key 'bas'; the keys are base, image, name"),
         ({"size": "5GB"}, "size: '5GB' can be read two ways: write 5G"),
         ({"stripe_size": "x"}, "stripe_size: 'x' is not a size"),
         ({"mode": 660}, 'write it as octal text, like "0660"'),
         ({"mode": "rw"}, "not three octal digits"),
         ({"mode": "1777"}, "not three octal digits"),
+        ({"rate": "200MB"}, "rate: '200MB' can be read two ways: write 200M"),
+        ({"rate": "1K"}, "rate: --rate 1024 is out of range: 64K to 16G"),
+        ({"rate": "fast"}, "rate: 'fast' is not a size"),
     ],
 )
 def test_files_that_are_refused_by_name(tmp_path: Path, values: Any, words: str | None) -> None:
@@ -95,7 +115,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ({"image": None}, "--image is missing"),
         ({"image": ""}, "--image is missing"),
         ({"base": ""}, "--base is missing"),
-        ({"image": 5}, "image: expected `str`, got `int`"),
+        ({"image": "", "base": ""}, "--image and --base are missing"),
+        ({"image": 5}, "image: expected `str | null`, got `int`"),
         ({"image": "a\0b"}, "is not a path"),
         ({"image": "/" + "a" * 5000}, "is not a path"),
         ({"base": "/\udcff"}, "is not UTF-8"),
@@ -104,6 +125,16 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ({"queues": True}, "queues: expected `int`"),
         ({"queues": "2"}, "queues: expected `int`, got `str`"),
         ({"depth": 4097}, "--depth 4097 is out of range: 1 to 4096"),
+        ({"depth": 0}, "--depth 0 is out of range: 1 to 4096"),
+        ({"cache": "none"}, "cache: invalid enum value 'none'"),
+        ({"data_path": "fast"}, "data_path: invalid enum value 'fast'"),
+        ({"rate": 65535}, "--rate 65535 is out of range: 64K to 16G (bytes a second), or max"),
+        ({"rate": (1 << 34) + 1}, "--rate 17179869185 is out of range"),
+        ({"min_free": "100%"}, "--min-free '100%' is no share of a filesystem"),
+        ({"min_free": "5GB"}, "--min-free: '5GB' can be read two ways"),
+        ({"cpus": "0-"}, "--cpus '0-' is not a list of CPUs: write it like 0-3,8"),
+        ({"hydrator_cpus": "a"}, "--hydrator-cpus 'a' is not a list of CPUs"),
+        ({"hydrate": "yes"}, "hydrate: expected `bool`, got `str`"),
         ({"id": -1}, "--id -1 is out of range"),
         ({"id": 1 << 32}, "--id 4294967296 is out of range"),
         ({"size": 0}, "--size 0"),
