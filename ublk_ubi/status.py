@@ -83,9 +83,14 @@ class Hydration(msgspec.Struct):
 
 
 class Space(msgspec.Struct):
-    """Bytes: storage that the base takes, stripes hydrated, stripes that it may still have to."""
+    """Bytes of storage.
+
+    `allocated` is what the base takes, `free` what its filesystem has left (null on a block
+    device), `hydrated` what the base has of the image, `needed` what may still come.
+    """
 
     allocated: int | None = None
+    free: int | None = None
     hydrated: int = 0
     needed: int = 0
 
@@ -131,6 +136,7 @@ class Status(msgspec.Struct, kw_only=True):
     memory: int | None = None
     io: Io | None = None
     cold_reads: int | None = None
+    fallbacks: int | None = None
     hydration: Hydration | None = None
     commit: Commit | None = None
     uptime_s: float | None = None

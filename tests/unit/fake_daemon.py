@@ -1,7 +1,8 @@
 """A daemon without a device, for the tests of those who talk to one. Run, not imported.
 
 What it does is the last part of its image's path: normal, warns, refuses, busy, slow, stuck,
-mute, dies, degraded, other.
+mute, dies, degraded, other; and of background hydration: copies (a part at every look), fails,
+full, lost, halts, done.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import selectors
 import signal
 import sys
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -19,11 +20,28 @@ from ublk_ubi import links, runtime
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.options import DeviceOptions
 from ublk_ubi.rpc_server import Deferred, NoParams, Server
-from ublk_ubi.status import Commit, Hydration, Io, IoCounters, Latency, Status, Stripes
+from ublk_ubi.status import (
+    Commit,
+    Hydration,
+    Io,
+    IoCounters,
+    Latency,
+    Space,
+    Status,
+    Stripes,
+)
 
 
 class StopParams(msgspec.Struct, forbid_unknown_fields=True):
     force: bool = False
+
+
+class HydrateParams(msgspec.Struct, forbid_unknown_fields=True):
+    run: bool | None = None
+    rate: int | Literal["max"] | None = None
+
+
+TOTAL, STRIPE = 2252, 1 << 20
 
 
 def main() -> None:
@@ -38,7 +56,7 @@ def main() -> None:
         os.write(arguments.ready_fd, msgspec.json.encode(answer) + b"\n")
         os.close(arguments.ready_fd)
 
-    kind = os.path.basename(options.image)
+    kind = os.path.basename(options.image or "done")
     if kind == "refuses":
         ready(ok=False, error=f"image {options.image} is empty", exit=1)
         sys.exit(1)
@@ -57,7 +75,11 @@ class Fake:
         self.id = options.id or 0
         self.device = links.device_path(self.id)
         self.stopping: list[Deferred] = []
-        self.force = False
+        self.hydrated = TOTAL if kind == "done" else 1000
+        self.hydration = Hydration(
+            stripes=10, bytes=10 << 20, errors=3, whole_stripe_writes=2, min_free=options.min_free,
+            rate=options.rate, state={"done": "done", "halts": "running"}.get(kind, "off"),
+        )
 
     def serve(self, ready: Any) -> None:
         with open(self.device, "w", encoding="ascii"):
@@ -71,7 +93,10 @@ class Fake:
         selector = selectors.DefaultSelector()
         server = Server(
             self.claim.socket,
-            {"status": (NoParams, self.status), "stop": (StopParams, self.stop)},
+            {
+                "status": (NoParams, self.status), "stop": (StopParams, self.stop),
+                "hydrate": (HydrateParams, self.hydrate),
+            },
             selector,
         )
         ready(
@@ -111,21 +136,49 @@ class Fake:
         self.stopping.append(Deferred())
         return self.stopping[-1]
 
+    def hydrate(self, params: HydrateParams) -> Any:
+        hydration = self.hydration
+        if params.rate is not None:
+            hydration.rate = None if params.rate == "max" else params.rate
+        if params.run is False:
+            hydration.state = "off" if hydration.state == "off" else "paused"
+        elif self.kind == "fails":
+            hydration.state, hydration.retry_in_s = "waiting", 12
+            hydration.failed, hydration.last_error = 3, 5
+        else:
+            hydration.state = "low-space" if self.kind == "full" else "running"
+        return self.status(NoParams())
+
+    def copy(self) -> None:
+        if self.hydration.state == "running" and self.kind == "copies":
+            self.hydrated = min(TOTAL, self.hydrated + 400)
+        if self.hydrated == TOTAL:
+            self.hydration.state = "done"
+
     def status(self, _params: NoParams) -> Any:
         if self.kind == "other":
             return {"schema": 2, "hello": "world"}
+        independent = self.hydrated == TOTAL
+        lost = self.kind == "lost" and self.hydration.state == "running"
+        problem = "an fdatasync failed" if self.kind == "degraded" else None
         reads = IoCounters(1234567, 5 << 30, 2, Latency(85, 990, 1200, 65000, 2_500_000))
         full = Status(
             name=self.claim.name, state="live", device=self.device,
             link=links.link_path(self.claim.name), id=self.id, pid=os.getpid(),
-            degraded="an fdatasync failed" if self.kind == "degraded" else None,
+            degraded="its image has changed" if lost else problem,
             image=self.options.image, image_size=2361393152, base=self.options.base,
-            size=5 << 30, stripe_size=1 << 20, block_size=512, queues=1, depth=128,
+            size=5 << 30, stripe_size=STRIPE, block_size=512, queues=1, depth=128,
             copy_on_read=True, image_cache="none", base_direct=False, data_path="copy",
-            cache="writeback", stripes=Stripes(2252, 1000, 990), io=Io(read=reads),
-            cold_reads=1, hydration=Hydration(10, 10 << 20, 3, 2), commit=Commit(5, 1, 7),
-            uptime_s=93784.5,
+            cache="writeback",
+            stripes=Stripes(TOTAL, self.hydrated, self.hydrated - (0 if independent else 10)),
+            io=Io(read=reads), cold_reads=1, hydration=self.hydration, commit=Commit(5, 1, 7),
+            independent=independent, memory=17 << 20, uptime_s=93784.5,
+            space=Space(
+                allocated=1010 << 20, free=(1 << 20 if self.kind == "full" else 1 << 40),
+                hydrated=self.hydrated * STRIPE, needed=(TOTAL - self.hydrated) * STRIPE,
+            ),
         )
+        self.copy()
         return {**msgspec.to_builtins(full), "from_the_future": 1}
 
 

@@ -141,7 +141,8 @@ def test_version() -> None:
     [
         ("frob", "no such command 'frob'"),
         ("--frob", "no such option"),
-        ("add", "--image is missing"),
+        ("add", "--image and --base are missing"),
+        ("add --base b", "--image is missing"),
         ("add --image i", "--base is missing"),
         ("add --image i --base b extra", "unexpected extra argument"),
         ("add --image i --base b --frob", "no such option"),
@@ -156,6 +157,14 @@ def test_version() -> None:
         ("add --image i --base b -q two", "is not a valid integer"),
         ("add --image i --base b -d 5000", "--depth 5000 is out of range: 1 to 4096"),
         ("add --image i --base b -n -1", "--id -1 is out of range"),
+        ("add --image i --base b --cache none", "is not one of 'writeback', 'writethrough', 'uns"),
+        ("add --image i --base b --data-path fast", "is not one of 'auto', 'zero-copy', 'copy'"),
+        ("add --image i --base b --rate 200MB", "write 200M for 200 MiB"),
+        ("add --image i --base b --rate 0", "--rate 0 is out of range: 64K to 16G"),
+        ("add --image i --base b --rate 17G", "is out of range: 64K to 16G"),
+        ("add --image i --base b --min-free 101%", "--min-free '101%' is no share"),
+        ("add --image i --base b --cpus 3-1", "--cpus '3-1' is not a list of CPUs"),
+        ("add --image i --base b --hydrator-cpus x", "--hydrator-cpus 'x' is not a list of CPUs"),
         ("add --image i --base b --mode 888", "not three octal digits"),
         ("add --image i --base b --owner nobody-of-that-name", "there is no user"),
         ("add --image i --base b --name ../x", "cannot be a name"),
@@ -170,6 +179,11 @@ def test_version() -> None:
         ("del -a x", "give NAMEs, or -a for all"),
         ("del x --timeout 0", "is not in the range"),
         ("status x -a", "give a NAME, or -a for all"),
+        ("hydrate", "missing argument 'NAME'"),
+        ("hydrate x --pause --wait", "--pause and --wait exclude one another"),
+        ("hydrate x --rate 5", "--rate 5 is out of range"),
+        ("wait", "missing argument 'NAME'"),
+        ("wait x --timeout -1", "is not in the range"),
         ("list x", "unexpected extra argument"),
         ("inspect", "missing argument 'BASE'"),
         ("doctor x", "unexpected extra argument"),
@@ -196,7 +210,7 @@ def test_wrong_usage_of_the_real_command(roots: Path) -> None:
 def test_bad_configs(roots: Path) -> None:
     for text, words in (
         ("[]", "is not a JSON object"),
-        ('{"imag": "/i"}', "unknown key 'imag'; the keys are image, base"),
+        ('{"imag": "/i"}', "unknown key 'imag'; the keys are base, image"),
         ('{"image": "/i", "base": "/b", "size": "5GB"}', "size: '5GB' can be read two ways"),
         ('{"image": "/i", "base": "/b", "queues": "two"}', "queues: expected `int`, got `str`"),
         ('{"image": "/i"}', "--base is missing"),
@@ -211,7 +225,7 @@ def test_bad_configs(roots: Path) -> None:
 # errors --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["status", "del"])
+@pytest.mark.parametrize("command", ["status", "del", "hydrate", "wait"])
 @pytest.mark.parametrize("target", ["x", "/dev/null", "/dev/ublkb99", "\n"])
 def test_no_such_device(command: str, target: str) -> None:
     found = run(command, target)
@@ -323,7 +337,8 @@ EVERY_OPTION = [
     "--size", "5G", "--stripe-size", "64K", "-f", "raw", "-q", "2", "-d", "64", "--id", "7",
     "--no-copy-on-read", "--image-cache", "page", "--block-size", "4096", "--format", "--yes",
     "--force", "--force-stale", "--zero", "--partscan", "--owner", "0:0", "--mode", "600",
-    "--fence-timeout", "1.5",
+    "--fence-timeout", "1.5", "--cache", "writethrough", "--data-path", "copy", "--cpus", "0-1",
+    "--hydrator-cpus", "1", "--hydrate", "--rate", "200M", "--min-free", "10%",
 ]
 
 
@@ -334,25 +349,39 @@ def test_every_option_arrives(add, roots: Path) -> None:
         "stripe_size": 64 << 10, "image_format": "raw", "queues": 2, "depth": 64, "id": 7,
         "copy_on_read": False, "image_cache": "page", "block_size": 4096, "format": True,
         "force": True, "force_stale": True, "zero": True, "partscan": True, "owner": "0:0",
-        "mode": 0o600, "fence_timeout_s": 1.5,
+        "mode": 0o600, "fence_timeout_s": 1.5, "cache": "writethrough", "data_path": "copy",
+        "cpus": "0-1", "hydrator_cpus": "1", "hydrate": True, "rate": 200 << 20, "min_free": "10%",
     }
 
 
 def test_the_command_line_wins_over_the_config(add, roots: Path) -> None:
     (roots / "vm.json").write_text(json.dumps({
         "image": "normal", "base": "of-config", "queues": 2, "copy_on_read": False, "depth": 32,
-        "zero": True, "size": "1G",
+        "zero": True, "size": "1G", "rate": "100M", "hydrate": True,
     }))
     found = run(
         "add", "--config", "vm.json", "--base", "of-line", "-q", "3", "--copy-on-read",
+        "--rate", "max",
         command=WITH_FAKES,
     )
     assert found.code == 0, found
     kept = json.loads((roots / "run/ubi0/options.json").read_text())
     assert kept == {
         "image": f"{roots}/normal", "base": f"{roots}/of-line", "queues": 3, "depth": 32,
-        "zero": True, "size": 1 << 30,
+        "zero": True, "size": 1 << 30, "hydrate": True,
     }
+
+
+def test_add_without_an_image(add, roots: Path) -> None:
+    found = run("add", "--base", f"{roots}/base", command=WITH_FAKES)
+    assert (found.code, found.out) == (Exit.USAGE, "")
+    assert "--image is missing" in found.err
+    (roots / "base").touch()
+    assert run("add", "--base", "base", "--name", "vm", command=WITH_FAKES).code == 0
+    assert json.loads((roots / "run/vm/options.json").read_text()) == {
+        "base": f"{roots}/base", "name": "vm",
+    }
+    assert "image  " not in run("status", "vm").out
 
 
 def test_the_daemons_refusal_is_adds(roots: Path) -> None:
@@ -457,34 +486,49 @@ def test_list(add, roots: Path) -> None:
     add("normal", "vm10")
     add("degraded", "vm2", "-n", "1")
     add("normal", "dead", "-n", "2")
+    add("full", "vm3", "-n", "3")
+    add("done", "vm4", "-n", "4")
     os.kill(pid_of("dead"), signal.SIGKILL)
     claim = runtime.claim("new")
     found = run("list")
     claim.release()
     assert (found.code, found.err) == (0, "")
     lines = [line.split() for line in found.out.splitlines()]
-    assert lines[0] == ["NAME", "DEVICE", "STATE", "SIZE", "HYDRATED", "IMAGE", "BASE"]
-    assert [line[0] for line in lines[1:]] == ["dead", "new", "vm2", "vm10"]
-    assert lines[1][2:5] == ["dead", "5", "GiB"]
-    assert lines[2][1:] == ["-", "starting", "-", "-", "-", "-"]
-    assert lines[3][1:] == [
-        f"{roots}/dev/ublkb1", "degraded", "5", "GiB", "44.4", "%", "/degraded", "/vm2.base",
+    assert lines[0] == [
+        "NAME", "DEVICE", "STATE", "SIZE", "ALLOCATED", "HYDRATED", "NEEDED", "IMAGE", "BASE",
     ]
+    assert [line[0] for line in lines[1:]] == ["dead", "new", "vm2", "vm3", "vm4", "vm10"]
+    assert lines[1][2:5] == ["dead", "5", "GiB"]
+    assert lines[2][1:] == ["-", "starting", *"-------"]
+    assert " ".join(lines[3][1:]) == (
+        f"{roots}/dev/ublkb1 degraded 5 GiB 1010 MiB 1000 MiB 44.4 % 1.2 GiB /degraded /vm2.base"
+    )
+    assert " ".join(lines[4][3:]) == (
+        "5 GiB 1010 MiB 1000 MiB 44.4 % 1.2 GiB (1 MiB free) /full /vm3.base"
+    )
+    assert " ".join(lines[5][3:]) == "5 GiB 1010 MiB 2.2 GiB 100 % 0 B /done /vm4.base"
     assert "\x1b" not in found.out
     devices = json.loads(run("list", "--json").out)["devices"]
     assert [(d["name"], d["state"], d["degraded"]) for d in devices] == [
         ("dead", "dead", f"its daemon (process {runtime.all_devices()[0].pid}) died"),
         ("vm2", "live", "an fdatasync failed"),
+        ("vm3", "live", None),
+        ("vm4", "live", None),
         ("vm10", "live", None),
     ]
+    assert devices[2]["space"] == {
+        "allocated": 1010 << 20, "free": 1 << 20, "hydrated": 1000 << 20, "needed": 1252 << 20,
+    }
+    assert [device["independent"] for device in devices] == [None, False, False, True, False]
+    assert devices[2]["hydration"]["state"] == "off"
     assert devices[1]["stripes"] == {"total": 2252, "hydrated": 1000, "committed": 990}
 
 
 STATUS_KEYS = [
     "schema", "name", "device", "link", "id", "pid", "state", "degraded", "image", "image_size",
     "base", "size", "stripe_size", "block_size", "queues", "depth", "copy_on_read", "image_cache",
-    "base_direct", "data_path", "cache", "stripes", "io", "cold_reads", "hydration", "commit",
-    "uptime_s",
+    "base_direct", "data_path", "cache", "independent", "stripes", "space", "memory", "io",
+    "cold_reads", "fallbacks", "hydration", "commit", "uptime_s",
 ]
 
 
@@ -499,7 +543,7 @@ def test_status_as_json(add) -> None:
         "count": 1234567, "bytes": 5 << 30, "errors": 2,
         "latency_us": {"p50": 85, "p90": 990, "p99": 1200, "p999": 65000, "max": 2500000},
     }
-    assert set(status["io"]) == {"read", "write", "flush"}
+    assert set(status["io"]) == {"read", "write", "flush", "discard", "write_zeroes"}
     both = json.loads(run("status", "-a", "--json").out)
     assert both["schema"] == 1
     assert [device["name"] for device in both["devices"]] == ["vm"]
@@ -512,13 +556,16 @@ def test_status_for_people(add, roots: Path) -> None:
     assert found.code == 0
     expected = f"""\
 vm  live  {roots}/dev/ublk-ubi/vm → {roots}/dev/ublkb0  process {pid_of("vm")}
-  disk      5 GiB, stripes of 1M, blocks of 512, 1 queue of 128, writeback cache, data path copy
-  image     /normal (2.2 GiB)
-  base      /vm.base, buffered: no O_DIRECT there
-  hydrated  44.4 %, 1,000 of 2,252 stripes, 10 not committed yet
-  fetched   10 stripes (10 MiB), 2 written whole, 1 cold read, 3 errors
-  commits   5 rounds, 7 pages, 1 error
-  up        1 d 2 h
+  disk        5 GiB, stripes of 1M, blocks of 512, 1 queue of 128, writeback cache, data path copy
+  image       /normal (2.2 GiB)
+  base        /vm.base, buffered: no O_DIRECT there
+  hydrated    44.4 %, 1,000 of 2,252 stripes, 10 not committed yet
+  background  off, 1.2 GiB to go
+  fetched     10 stripes (10 MiB), 2 written whole, 1 cold read, 3 errors
+  commits     5 rounds, 7 pages, 1 error
+  space       1010 MiB allocated, 1000 MiB hydrated, 1.2 GiB may still be needed
+  memory      17 MiB
+  up          1 d 2 h
 
           requests  bytes  errors    p50     p90     p99  p99.9    max
   read   1,234,567  5 GiB       2  85 µs  990 µs  1.2 ms  65 ms  2.5 s
@@ -533,7 +580,7 @@ def test_status_degraded_is_3(add) -> None:
     found = run("status", "vm")
     assert found.code == Exit.DEGRADED
     assert found.err == ""
-    assert "  degraded  an fdatasync failed\n" in found.out
+    assert "  degraded    an fdatasync failed\n" in found.out
     add("normal", "other", "-n", "1")
     assert run("status", "-a").code == Exit.DEGRADED
     assert run("status", "other").code == 0
@@ -588,6 +635,197 @@ def test_colours_only_on_a_terminal(add) -> None:
     assert "\x1b[32mlive" in on_terminal([*REAL, "list"])[0]
     assert "\x1b[" not in on_terminal([*REAL, "list"], NO_COLOR="1")[0]
     assert "\x1b[" not in on_terminal([*REAL, "list", "--json"])[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("normal", "  background  running, at full speed, 1.2 GiB to go\n"),
+        ("fails", "  background  waits, tries again in 12 s: 3 failures, the last: Input/output "),
+        ("full", "  background  waits for room: the base's filesystem is 1 MiB free, 5% are kept,"),
+        ("done", "  hydrated    100 %, 2,252 of 2,252 stripes: independent of its image\n"),
+    ],
+)
+def test_status_of_background_hydration(add, kind: str, words: str) -> None:
+    add(kind)
+    run("hydrate", "vm")
+    found = run("status", "vm")
+    assert found.code == 0
+    assert words in found.out
+    assert ("only 1 MiB free" in found.out) == (kind == "full")
+    assert ("  background  " in found.out) == (kind != "done")
+
+
+# hydrate and wait ----------------------------------------------------------------------------
+
+
+def test_hydrate(add) -> None:
+    add()
+    assert run("hydrate", "vm") == Result(
+        0, "vm: background hydration: running, at full speed, 1.2 GiB to go\n", "",
+    )
+    assert run("hydrate", "vm", "--rate", "200M").out == (
+        "vm: background hydration: running, 200 MiB/s at most, 1.2 GiB to go\n"
+    )
+    assert run("hydrate", "vm", "--pause").out == (
+        "vm: background hydration: paused, 1.2 GiB to go\n"
+    )
+    found = run("hydrate", "vm", "--rate", "max", "--json")
+    assert (found.code, found.err) == (0, "")
+    answer = json.loads(found.out)
+    assert set(answer) == {
+        "schema", "name", "state", "degraded", "independent", "stripes", "space", "hydration",
+    }
+    assert (answer["schema"], answer["name"], answer["independent"]) == (1, "vm", False)
+    assert (answer["hydration"]["state"], answer["hydration"]["rate"]) == ("running", None)
+
+
+def test_hydrate_of_one_that_is_done(add) -> None:
+    add("done")
+    assert run("hydrate", "vm") == Result(0, "vm is independent of its image\n", "")
+    assert run("wait", "vm") == Result(0, "vm is independent of its image\n", "")
+
+
+@pytest.mark.parametrize("command", ["hydrate", "wait"])
+def test_hydrate_and_wait_of_the_degraded(add, command: str) -> None:
+    add("lost")
+    run("hydrate", "vm")
+    found = run(command, "vm")
+    assert (found.code, found.err) == (3, "ublk-ubi: device vm: its image has changed\n")
+    os.kill(pid_of("vm"), signal.SIGKILL)
+    found = run(command, "vm")
+    assert found.code == Exit.DEGRADED
+    assert is_one_line(found.err)
+    assert "died" in found.err
+
+
+@pytest.mark.parametrize("command", ["hydrate", "wait"])
+def test_hydrate_and_wait_of_one_that_starts(command: str) -> None:
+    claim = runtime.claim("vm")
+    found = run(command, "vm", *(["--timeout", "0.3"] if command == "wait" else []))
+    claim.release()
+    assert found.code == (Exit.FAILED if command == "hydrate" else Exit.TIMED_OUT)
+    assert is_one_line(found.err)
+
+
+def test_a_daemon_that_does_not_know_how(add) -> None:
+    add("other")
+    found = run("hydrate", "vm")
+    assert found.code == Exit.FAILED
+    assert "its daemon is of another version" in found.err
+
+
+def test_wait_until_independent(add) -> None:
+    add("copies")
+    found = run("hydrate", "vm", "--wait", "--rate", "max")
+    assert (found.code, found.err) == (0, "")
+    lines = found.out.splitlines()
+    assert lines[0].startswith("vm: 62.2 %, 1.4 GiB of 2.2 GiB")
+    assert lines[-1] == "vm is independent of its image"
+    assert "\r" not in found.out
+    found = run("wait", "vm", "--json")
+    assert (found.code, found.err) == (0, "")
+    answer = json.loads(found.out)
+    assert (answer["independent"], answer["hydration"]["state"]) == (True, "done")
+
+
+def test_wait_draws_a_bar_on_a_terminal(add) -> None:
+    add("copies")
+    run("hydrate", "vm")
+    shown, code = on_terminal([*REAL, "wait", "vm"], COLUMNS="")
+    assert code == 0
+    drawn = shown.split("\r")
+    assert any(re.fullmatch(r"vm  \[#+·+\]  [0-9.]+ %  .* of 2.2 GiB.*", line) for line in drawn)
+    assert any(re.search(r"  [0-9.]+ [KMG]iB/s  [0-9]+ s left", line) for line in drawn)
+    assert shown.endswith("\r\nvm is independent of its image\r\n")
+    shown, code = on_terminal([*REAL, "wait", "vm", "--json"])
+    assert code == 0
+    assert json.loads(shown[shown.index("{"):])["independent"] is True
+    assert "\r\n" in on_terminal([*REAL, "wait", "vm"], TERM="dumb")[0]
+    assert "[" not in on_terminal([*REAL, "wait", "vm"], TERM="dumb")[0]
+
+
+def test_wait_in_time(add) -> None:
+    add("halts")
+    started = time.monotonic()
+    found = run("wait", "vm", "--timeout", "0.3")
+    assert time.monotonic() - started < 5
+    assert found.code == Exit.TIMED_OUT
+    assert found.out == "vm: 44.4 %, 1000 MiB of 2.2 GiB\n"
+    assert found.err == (
+        "ublk-ubi: device vm still needs its image after 0.3 s: `ublk-ubi status vm` shows how far "
+        "it is\n"
+    )
+    found = run("wait", "vm", "--timeout", "0", "--json")
+    assert found.code == Exit.TIMED_OUT
+    assert json.loads(found.out)["independent"] is False
+
+
+def test_wait_of_a_mute_one(add) -> None:
+    add("mute")
+    assert run("wait", "vm", "--timeout", "0.3").code == Exit.TIMED_OUT
+
+
+@pytest.mark.parametrize("kind", ["full", "fails"])
+def test_wait_says_what_it_waits_for(add, kind: str) -> None:
+    add(kind)
+    run("hydrate", "vm")
+    found = run("wait", "vm", "--timeout", "0.3")
+    assert found.code == Exit.TIMED_OUT
+    assert ("waits for room" if kind == "full" else "3 failures") in found.out
+
+
+def test_wait_for_what_nobody_does(add) -> None:
+    add()
+    found = run("wait", "vm")
+    assert found.code == Exit.FAILED
+    assert found.err == (
+        "ublk-ubi: device vm needs its image, and background hydration is off: "
+        "`ublk-ubi hydrate vm` starts it\n"
+    )
+    run("hydrate", "vm")
+    run("hydrate", "vm", "--pause")
+    found = run("wait", "vm", "--json")
+    assert found.code == Exit.FAILED
+    assert "is paused: `ublk-ubi hydrate vm` resumes it" in found.err
+    assert json.loads(found.out)["hydration"]["state"] == "paused"
+
+
+def test_wait_for_one_that_is_deleted(add) -> None:
+    add("halts")
+    process = subprocess.Popen(
+        [*REAL, "wait", "vm"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline().startswith("vm: ")
+    assert run("del", "vm").code == 0
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == Exit.NO_DEVICE
+    assert err == "ublk-ubi: device vm was deleted before it was independent of its image\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_ctrl_c_ends_the_waiting_alone(add, terminal: bool) -> None:
+    add("halts")
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [*REAL, "wait", "vm"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        stdout=slave if terminal else subprocess.PIPE, env={**os.environ, "TERM": "xterm"},
+    )
+    os.close(slave)
+    reader = master if terminal else process.stdout.fileno()  # type: ignore[union-attr]
+    assert select.select([reader], [], [], 20)[0]
+    shown = os.read(reader, 1 << 16)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    if terminal:
+        with contextlib.suppress(OSError):
+            while piece := os.read(master, 1 << 16):
+                shown += piece
+    os.close(master)
+    assert (process.returncode, err) == (1, "ublk-ubi: interrupted; vm goes on all the same\n")
+    assert shown.endswith(b"\n")
+    assert run("status", "vm").code == 0
 
 
 # del -----------------------------------------------------------------------------------------
@@ -656,8 +894,9 @@ def test_doctor_says_what_to_do() -> None:
     assert found.err == ""
 
 
+@pytest.mark.parametrize("command", ["status", "hydrate", "wait"])
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion(shell: str, add) -> None:
+def test_completion(shell: str, command: str, add) -> None:
     found = run("completion", shell)
     assert (found.code, found.err) == (0, "")
     assert "_UBLK_UBI_COMPLETE" in found.out
@@ -666,7 +905,7 @@ def test_completion(shell: str, add) -> None:
     done = subprocess.run(
         REAL, capture_output=True, text=True, check=True,
         env={**os.environ, "_UBLK_UBI_COMPLETE": f"{shell}_complete",
-             "COMP_WORDS": "ublk-ubi status v", "COMP_CWORD": "2" if shell != "fish" else "v"},
+             "COMP_WORDS": f"ublk-ubi {command} v", "COMP_CWORD": "2" if shell != "fish" else "v"},
     )
     assert "vm1" in done.stdout
     assert "other" not in done.stdout

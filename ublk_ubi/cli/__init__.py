@@ -28,6 +28,8 @@ COMMANDS = {
     "del": ("delete", "Take disks away; what was written stays on their bases."),
     "list": ("listing", "List the disks of this machine."),
     "status": ("status", "Show how disks are doing; exit code 3 if one is degraded."),
+    "hydrate": ("hydrate", "Copy the rest of a disk's image in the background, or pause that."),
+    "wait": ("wait", "Wait until a disk is independent of its image."),
     "recover": ("recover", "Bring back disks whose daemons died; their requests wait for it."),
     "upgrade": ("upgrade", "Move disks, in use or not, to the installed version."),
     "inspect": ("inspect", "Say what a base holds, without a daemon."),

@@ -13,6 +13,7 @@ from ublk_ubi.cli.common import (
     mode,
     notice,
     print_json,
+    rate,
     say,
     size,
     warn,
@@ -26,6 +27,7 @@ EXAMPLES = """
   ublk-ubi add --image jammy.raw --base vm1.base
   ublk-ubi add --image jammy.raw --base vm1.base --size 20G --name vm1 --owner libvirt-qemu
   ublk-ubi add --image /dev/vg/golden --base /dev/vg/vm1 --format --yes
+  ublk-ubi add --image jammy.raw --base vm1.base --cache writethrough --hydrate --rate 200M
   ublk-ubi add --config /etc/ublk-ubi/vm1.json --json
 """
 
@@ -33,7 +35,10 @@ EXAMPLES = """
 # Every default is None, so that what was said can be told from what was not: a config file gives
 # the rest, and DeviceOptions the defaults.
 @click.command(cls=UbiCommand, examples=EXAMPLES)
-@click.option("--image", metavar="PATH", help="The read-only image: a raw file or block device.")
+@click.option(
+    "--image", metavar="PATH",
+    help="The read-only image: a raw file or block device; a base that has all of it needs none.",
+)
 @click.option(
     "--base", metavar="PATH",
     help="The writable base: a block device, or a file, which is made if it is not there.",
@@ -54,12 +59,41 @@ EXAMPLES = """
 @click.option(
     "-q", "--queues", type=int, help="Queues, a thread each; no more than CPUs. [default: 1]",
 )
-@click.option("-d", "--depth", type=int, help="Requests in flight a queue. [default: 128]")
+@click.option(
+    "-d", "--depth", type=int,
+    help="Requests in flight a queue. [default: 128; without zero copy as many as 32 MiB of "
+    "stripes hold, 32 of 1M]",
+)
 @click.option("-n", "--id", "id", type=int, help="N of /dev/ublkbN. [default: a free one]")
 @click.option(
     "--copy-on-read/--no-copy-on-read", default=None,
     help="Whether a read brings its stripe to the base. [default: yes]",
 )
+@click.option(
+    "--hydrate", is_flag=True, default=None,
+    help="Copy all of the image in the background, so that it is not needed any more.",
+)
+@click.option(
+    "--rate", type=rate, metavar="RATE",
+    help="For that, at most so many bytes a second: 64K to 16G, or max. [default: max]",
+)
+@click.option(
+    "--min-free", metavar="SHARE|SIZE",
+    help="What that leaves free of the base's filesystem: 10%, 20G. [default: 5%]",
+)
+@click.option(
+    "--cache", type=click.Choice(["writeback", "writethrough", "unsafe"]),
+    help="When a write is durable: once flushed; once complete (SPDK's uring bdev sends no flush); "
+    "never for certain. [default: writeback]",
+)
+@click.option(
+    "--data-path", type=click.Choice(["auto", "zero-copy", "copy"]),
+    help="Read into the guest's own pages, or through buffers. [default: what the kernel can do]",
+)
+@click.option(
+    "--cpus", metavar="LIST", help="CPUs of the queues, such as 0-3,8: one each, in turn.",
+)
+@click.option("--hydrator-cpus", metavar="LIST", help="CPUs of the thread that copies the image.")
 @click.option(
     "--image-cache", type=click.Choice(["none", "page"]),
     help="Read the image directly, or through the page cache (many disks of one image). "
@@ -117,7 +151,8 @@ def command(
     """Make a disk of an image and a base, and print its path.
 
     The disk is ready at once: what is read comes from the image, what is written goes to the base.
-    A base that was used before, with the same image, continues where it was.
+    A base that was used before, with the same image, continues where it was; one that has all of
+    its image needs it no more.
     """
     from ublk_ubi.config import build_options
 
@@ -145,6 +180,8 @@ def _merge(config_path: str | None, given: dict[str, Any]) -> dict[str, Any]:
     said = {key: value for key, value in given.items() if value is not None}
     if "block_size" in said:
         said["block_size"] = int(said["block_size"])
+    if said.get("rate") == "max":
+        said["rate"] = None
     for key in ("image", "base"):
         if said.get(key):
             said[key] = os.path.abspath(said[key])  # the daemon runs in /

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -50,6 +50,16 @@ def mode(text: str) -> int:
 
     try:
         return parse_mode(text)
+    except UbiError as error:
+        raise click.BadParameter(error.message) from None
+
+
+def rate(text: str) -> int | Literal["max"]:
+    """Read a rate in bytes a second, or `max`; a type for click."""
+    from ublk_ubi.config import parse_rate
+
+    try:
+        return parse_rate(text) or "max"
     except UbiError as error:
         raise click.BadParameter(error.message) from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import click
@@ -10,10 +11,10 @@ from ublk_ubi.cli.common import one_line, print_table, say
 from ublk_ubi.sizes import format_size, human_size
 
 if TYPE_CHECKING:
-    from ublk_ubi.status import IoCounters, Status
+    from ublk_ubi.status import IoCounters, Space, Status
 
 _COLOURS = {"live": "green", "starting": "yellow", "stopping": "yellow", "dead": "red"}
-_LABEL = 10  # columns
+_LABEL = 12  # columns
 
 
 def state_word(status: Status) -> str:
@@ -34,6 +35,49 @@ def hydrated(status: Status) -> str:
     if status.stripes.hydrated:
         share = max(share, 0.1)
     return f"{share:.3g} %"
+
+
+def background(status: Status, *, to_go: bool = True) -> str:
+    """Say what background hydration does, or what it waits for, and what is left `to_go`."""
+    hydration, space = status.hydration, status.space
+    if hydration is None or space is None:
+        return "not known"
+    if hydration.state == "done":
+        return "done"
+    if hydration.state == "low-space":
+        free = f"{human_size(space.free)} free" if space.free is not None else "full"
+        words = f"waits for room: the base's filesystem is {free}, {hydration.min_free} are kept"
+    elif hydration.state == "no-image":
+        words = "has ended: the image is not what it was"
+    elif hydration.state == "waiting" and hydration.last_error:
+        reason = os.strerror(hydration.last_error)
+        words = (
+            f"waits, tries again in {span(hydration.retry_in_s)}: "
+            f"{_count(hydration.failed, 'failure')}, the last: {reason}"
+        )
+    elif hydration.state in ("off", "paused"):
+        words = hydration.state
+    else:
+        rate = f"{human_size(hydration.rate)}/s at most" if hydration.rate else "at full speed"
+        words = f"running, {rate}"
+    return f"{words}, {human_size(space.needed)} to go" if to_go and space.needed else words
+
+
+def is_short(space: Space) -> bool:
+    """Tell whether the base's filesystem has less room than the image may still need."""
+    return space.free is not None and space.free < space.needed
+
+
+def needed(status: Status) -> str:
+    """Give the bytes that the image may still need, and what is free where that is less."""
+    space = status.space
+    if space is None:
+        return "-"
+    text = human_size(space.needed)
+    if not is_short(space):
+        return text
+    assert space.free is not None
+    return click.style(f"{text} ({human_size(space.free)} free)", fg="red")
 
 
 def duration(microseconds: float) -> str:
@@ -59,7 +103,10 @@ def render_status(status: Status) -> None:
     if status.io is not None:
         say("")
         head = ["", "requests", "bytes", "errors", "p50", "p90", "p99", "p99.9", "max"]
-        kinds = (("read", status.io.read), ("write", status.io.write), ("flush", status.io.flush))
+        io = status.io
+        kinds = [("read", io.read), ("write", io.write), ("flush", io.flush)]
+        rare = [("discard", io.discard), ("write-zeroes", io.write_zeroes)]
+        kinds += [(kind, counters) for kind, counters in rare if counters.count]
         rows = [head, *(_io_row(kind, counters) for kind, counters in kinds)]
         print_table([[f"  {row[0]}", *row[1:]] for row in rows], right=frozenset(range(1, 9)))
 
@@ -77,7 +124,8 @@ def _render_parts(status: Status) -> None:
         if status.cache is not None:
             parts.append(f"{status.cache} cache")
         if status.data_path is not None:
-            parts.append(f"data path {status.data_path}")
+            copied = f" ({status.fallbacks:,} requests copied)" if status.fallbacks else ""
+            parts.append(f"data path {status.data_path}{copied}")
         _line("disk", ", ".join(parts))
     if status.image is not None:
         size = f" ({human_size(status.image_size)})" if status.image_size is not None else ""
@@ -94,12 +142,19 @@ def _render_progress(status: Status) -> None:
     if stripes is not None:
         waiting = stripes.hydrated - stripes.committed
         committed = f", {waiting:,} not committed yet" if waiting else ""
+        alone = ": independent of its image" if status.independent else ""
         share = hydrated(status)
-        _line("hydrated", f"{share}, {stripes.hydrated:,} of {stripes.total:,} stripes{committed}")
+        _line(
+            "hydrated",
+            f"{share}, {stripes.hydrated:,} of {stripes.total:,} stripes{committed}{alone}",
+        )
     if status.hydration is not None:
         fetched = status.hydration
+        if not status.independent:
+            _line("background", background(status))
+        zeros = f", {fetched.zeros:,} of zeros" if fetched.zeros else ""
         parts = [
-            f"{_count(fetched.stripes, 'stripe')} ({human_size(fetched.bytes)})",
+            f"{_count(fetched.stripes, 'stripe')} ({human_size(fetched.bytes)}{zeros})",
             f"{fetched.whole_stripe_writes:,} written whole",
         ]
         if status.cold_reads is not None:
@@ -114,8 +169,25 @@ def _render_progress(status: Status) -> None:
         if status.commit.errors:
             rounds += ", " + click.style(_count(status.commit.errors, "error"), fg="red")
         _line("commits", rounds)
+    _render_costs(status)
     if status.uptime_s is not None:
-        _line("up", _uptime(status.uptime_s))
+        _line("up", span(status.uptime_s))
+
+
+def _render_costs(status: Status) -> None:
+    """Print what it takes of the host."""
+    space = status.space
+    if space is not None:
+        parts = [f"{human_size(space.allocated)} allocated"] if space.allocated is not None else []
+        parts.append(f"{human_size(space.hydrated)} hydrated")
+        if space.needed:
+            parts.append(f"{human_size(space.needed)} may still be needed")
+        if is_short(space):
+            assert space.free is not None
+            parts.append(click.style(f"only {human_size(space.free)} free", fg="red"))
+        _line("space", ", ".join(parts))
+    if status.memory is not None:
+        _line("memory", human_size(status.memory))
 
 
 def _line(label: str, text: str) -> None:
@@ -139,7 +211,8 @@ def _io_row(kind: str, counters: IoCounters) -> list[str]:
     ]
 
 
-def _uptime(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """Write a length of time in its two largest units."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
