@@ -30,8 +30,7 @@ def steer(
     Raises UbiError: degraded, when its daemon died.
     """
     if not device.alive:
-        why = device.problem or "its daemon died"
-        raise UbiError(f"device {device.name}: {why}; `ublk-ubi add` goes on", Exit.DEGRADED)
+        raise UbiError(f"device {device.name}: {status_of(device).degraded}", Exit.DEGRADED)
     if device.starting:
         raise UbiError(f"device {device.name} is not live yet: try again")
     params = {"run": run} if rate is None else {"run": run, "rate": rate}

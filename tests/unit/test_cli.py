@@ -642,7 +642,7 @@ def test_colours_only_on_a_terminal(add) -> None:
     [
         ("normal", "  background  running, at full speed, 1.2 GiB to go\n"),
         ("fails", "  background  waits, tries again in 12 s: 3 failures, the last: Input/output "),
-        ("full", "  background  waits for room: the base's filesystem is 1 MiB free, 5% are kept,"),
+        ("full", "  background  waits for room: 1 MiB free on the base's filesystem, 5% stays"),
         ("done", "  hydrated    100 %, 2,252 of 2,252 stripes: independent of its image\n"),
     ],
 )

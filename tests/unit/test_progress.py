@@ -67,7 +67,9 @@ def test_facts_say_what_it_waits_for() -> None:
         "waits, tries again in 4 s: 2 failures, the last: No space left on device",
     ]
     low = facts(status(state="low-space"), fast)
-    assert low[2:] == ["waits for room: the base's filesystem is 1 TiB free, 5% are kept"]
+    assert low[2:] == ["waits for room: 1 TiB free on the base's filesystem, 5% stays free"]
+    # All is copied, whatever failed on the way.
+    assert facts(status(1000, state="waiting", failed=2, last_error=28), fast)[2:] == ["commits"]
     # Between two passes without a failure there is nothing to tell.
     assert facts(status(state="waiting", retry_in_s=1), fast)[2:] == ["71 MiB/s", "8 s left"]
 

@@ -54,10 +54,10 @@ def facts(status: Status, speed: Speed) -> list[str]:
     total = space.hydrated + space.needed
     words = [hydrated(status), f"{human_size(space.hydrated)} of {human_size(total)}"]
     hydration = status.hydration
-    if hydration.state == "low-space" or (hydration.state == "waiting" and hydration.last_error):
-        return [*words, background(status, to_go=False)]
     if not space.needed:
         return words if status.independent else [*words, "commits"]
+    if hydration.state == "low-space" or (hydration.state == "waiting" and hydration.last_error):
+        return [*words, background(status, to_go=False)]
     rate = speed.rate
     if rate is not None:
         words.append(f"{human_size(int(rate))}/s")

@@ -44,9 +44,11 @@ def background(status: Status, *, to_go: bool = True) -> str:
         return "not known"
     if hydration.state == "done":
         return "done"
-    if hydration.state == "low-space":
-        free = f"{human_size(space.free)} free" if space.free is not None else "full"
-        words = f"waits for room: the base's filesystem is {free}, {hydration.min_free} are kept"
+    if not space.needed:
+        words = "all is copied, and not committed yet"
+    elif hydration.state == "low-space":
+        free = f"{human_size(space.free)} free" if space.free is not None else "too little"
+        words = f"waits for room: {free} on the base's filesystem, {hydration.min_free} stays free"
     elif hydration.state == "no-image":
         words = "has ended: the image is not what it was"
     elif hydration.state == "waiting" and hydration.last_error:
