@@ -157,7 +157,10 @@ def _inspect_ours(found: Metadata, extension: Extension, common: dict[str, Any])
     boot_id = _text_uuid(extension.boot_id)
     this_boot = boot_id == current_boot_id()
     path = shown(common["path"])
-    reopen = f"`ublk-ubi add --image IMAGE --base {path}` opens it"
+    image = "" if done == extension.image_stripes else "--image IMAGE "
+    reopen = f"`ublk-ubi add {image}--base {path}` opens it"
+    if not image:
+        reopen += ", independent of its image"
     if not extension.is_open:
         description, advice = "a ublk-ubi disk, closed cleanly", reopen
     elif this_boot:

@@ -141,6 +141,14 @@ def test_open(look, boot: uuid.UUID, words: str) -> None:
     assert found.slots[0].problem == "never written"
 
 
+def test_one_that_has_all_of_its_image(look) -> None:
+    most = look(disk(slot(), hydrated=tuple(range(10))), 50 * MIB)
+    assert "`ublk-ubi add --image IMAGE --base " in most.advice
+    full = look(disk(slot(), hydrated=tuple(range(11))), 50 * MIB)
+    assert "--image" not in full.advice
+    assert full.advice.endswith("opens it, independent of its image")
+
+
 def test_the_higher_sequence_counts(look) -> None:
     newer = slot(sequence=9, generation=9)
     assert look(disk(newer, slot(sequence=8))).generation == 9
