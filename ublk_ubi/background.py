@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ublk_ubi.runtime import Device
 
 _LEAST_ASK_S = 0.2
+_TAKE_OVER_S = 3.0
+"""How long a disk may be without a daemon before that is told: an upgrade takes less."""
 
 
 def steer(
@@ -49,16 +51,21 @@ def watch(device: Device, *, timeout_s: float | None, interval_s: float) -> Iter
     Raises UbiError for a device that will not become independent by waiting: degraded, deleted (no
     device), off or paused (failed); or timed out after `timeout_s` seconds.
     """
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+    heard_at = time.monotonic()
     while True:
-        left = float("inf") if deadline is None else deadline - time.monotonic()
+        left = deadline - time.monotonic()
         status = _look(device, min(DEFAULT_TIMEOUT_S, max(_LEAST_ASK_S, left)))
-        yield status
-        if status.independent:
-            return
-        left = float("inf") if deadline is None else deadline - time.monotonic()
-        mute = status.state == "live" and status.hydration is None
-        if left > 0 or not mute:
+        now = time.monotonic()
+        if status.hydration is not None or status.state == "starting":
+            heard_at = now
+        left = deadline - now
+        if heard_at == now or now - heard_at > _TAKE_OVER_S:
+            yield status
+            if status.independent:
+                return
+            _refuse_hopeless(status)
+        if left <= 0 and status.state == "dead":
             _refuse_hopeless(status)
         if left <= 0:
             raise UbiError(

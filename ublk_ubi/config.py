@@ -31,7 +31,13 @@ MAX_ID = (1 << 20) - 1  # the driver's minor numbers
 MAX_PATH = 4095
 SIZE_KEYS = ("size", "stripe_size", "block_size")
 PATH_KEYS = ("image", "base")
-CHOICES = {"block_size": "512 or 4096", "image_format": "raw", "image_cache": "none or page"}
+CHOICES = {
+    "block_size": "512 or 4096",
+    "image_format": "raw",
+    "image_cache": "none or page",
+    "cache": "writeback, writethrough or unsafe",
+    "data_path": "auto, zero-copy or copy",
+}
 EXCLUSIVE = (("format", "adopt"), ("zero", "keep_old_data"))
 
 

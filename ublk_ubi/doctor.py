@@ -284,7 +284,7 @@ def check_run(mountinfo: str, free_bytes: int) -> Check:
     if kind not in {"tmpfs", "ramfs"}:
         return Check(
             name, "warn", f"on {kind or 'nothing'}",
-            "mount a tmpfs on /run: writing a device's table back to a disk may hold up its requests",
+            "mount a tmpfs on /run: writing a device's table to a disk may hold up its requests",
         )
     found = f"{kind}, {free_bytes >> 20} MiB free"
     if free_bytes < MIN_RUN_BYTES:

@@ -828,6 +828,23 @@ def test_ctrl_c_ends_the_waiting_alone(add, terminal: bool) -> None:
     assert run("status", "vm").code == 0
 
 
+def test_wait_outlasts_an_upgrade(add, roots: Path) -> None:
+    """Another daemon takes the disk over: nobody answers for a moment."""
+    add("halts")
+    process = subprocess.Popen(
+        [*REAL, "wait", "vm"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    assert process.stdout
+    assert process.stdout.readline().startswith("vm: ")
+    dead = pid_of("vm")
+    os.kill(dead, signal.SIGKILL)
+    while runtime.process_start(dead) is not None:
+        time.sleep(0.01)
+    add("done")
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "vm is independent of its image\n", "")
+
+
 # del -----------------------------------------------------------------------------------------
 
 
