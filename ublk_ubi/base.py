@@ -95,6 +95,21 @@ class Base:
         self._sync_fds += fds
         return fds
 
+    def grow(self, size: int) -> None:
+        """Make a file this large, in bytes; the new part reads zero. Raises UbiError."""
+        if self.is_block:
+            raise UbiError(
+                f"base {shown(self.path)} is a block device of {size_text(size_of(self.fd))}, "
+                f"{size_text(size)} are needed: grow it first, or leave the size out",
+            )
+        try:
+            os.ftruncate(self.fd, size)
+            os.fsync(self.fd)
+        except OSError as error:
+            raise UbiError(
+                f"base {shown(self.path)} cannot be grown to {size_text(size)}: {error.strerror}",
+            ) from None
+
     def sync_folder(self) -> None:
         """Make the name of a new base durable; it can be discarded still.
 

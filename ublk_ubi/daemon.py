@@ -58,6 +58,13 @@ class HydrateParams(msgspec.Struct, forbid_unknown_fields=True):
     rate: Annotated[int, msgspec.Meta(ge=MIN_RATE, le=MAX_RATE)] | Literal["max"] | None = None
 
 
+class ResizeParams(msgspec.Struct, forbid_unknown_fields=True):
+    """Parameters of `resize`: the disk's new size in bytes, or None for all that its base has."""
+
+    size: Annotated[int, msgspec.Meta(gt=0, le=(1 << 63) - 1)] | None = None
+    keep_old_data: bool = False
+
+
 class LeaveParams(msgspec.Struct, forbid_unknown_fields=True):
     """Parameters of `leave`: the process that starts the next daemon; None: nobody does."""
 
@@ -85,6 +92,8 @@ class Daemon:
         self._worker: threading.Thread | None = None
         self._waiting: list[Deferred] = []
         self._outcome: tuple[UbiError | None, bool] | None = None
+        self._resizing: tuple[Deferred, threading.Thread] | None = None
+        self._resized: int | UbiError | None = None
         self.left = False
         self.upgrader: int | None = None
         self._signalled_at = float("-inf")
@@ -95,6 +104,7 @@ class Daemon:
                 "stop": (StopParams, self._on_stop),
                 "hydrate": (HydrateParams, self._on_hydrate),
                 "leave": (LeaveParams, self._on_leave),
+                "resize": (ResizeParams, self._on_resize),
             },
             self._selector,
             report=log,
@@ -109,6 +119,7 @@ class Daemon:
         while True:
             for key, mask in self._selector.select(self._server.tick()):
                 key.data(mask)
+            self._answer_resize()
             if self._outcome is not None:
                 problem, gone = self._outcome
                 self._outcome = None
@@ -147,6 +158,39 @@ class Daemon:
         self._waiting.append(answer)
         self._leave()
         return answer
+
+    def _on_resize(self, params: ResizeParams) -> Deferred:
+        answer = Deferred()
+        if self._worker is not None or self._resizing is not None:
+            raise UbiError(f"{self._session.claim.name} is busy: try again", Exit.BUSY)
+        self._resizing = (answer, threading.Thread(
+            target=self._do_resize, args=(params,), daemon=True,
+        ))
+        self._resizing[1].start()
+        return answer
+
+    def _do_resize(self, params: ResizeParams) -> None:
+        result: int | UbiError
+        try:
+            result = self._session.grow(params.size, keep_old_data=params.keep_old_data)
+        except UbiError as error:
+            result = error
+        except Exception as error:
+            result = UbiError(f"the daemon failed to resize: {error!r}")
+        self._resized = result
+        os.eventfd_write(self._wake, 1)
+
+    def _answer_resize(self) -> None:
+        if self._resizing is None or self._resized is None:
+            return
+        answer, result = self._resizing[0], self._resized
+        self._resizing = self._resized = None
+        if isinstance(result, UbiError):
+            log(result.message)
+            answer.fail(result)
+        else:
+            log(f"the disk has {result} bytes now")
+            answer.resolve({"size": result})
 
     def _on_stop(self, params: StopParams) -> Deferred:
         answer = Deferred()

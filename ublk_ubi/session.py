@@ -36,7 +36,7 @@ from ublk_ubi.config import resolve_owner
 from ublk_ubi.control import Control, ControlError, ControlTimeout
 from ublk_ubi.cpus import usable_cpus
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.files import shown, size_text
+from ublk_ubi.files import shown, size_of, size_text
 from ublk_ubi.hydration import Hydration
 from ublk_ubi.image import FINGERPRINT_SIZE, Image, fingerprint, open_image
 from ublk_ubi.kernel_device import SECTOR, START_TIMEOUT_S, KernelDevice
@@ -397,6 +397,40 @@ class Session(TableHost):
                 "was written there before would be readable: --zero overwrites it (this may take "
                 "long), --keep-old-data leaves it",
             )
+
+    def grow(self, size: int | None, *, keep_old_data: bool) -> int:
+        """Make the disk as large as its base, which is grown to `size` first if that is told.
+
+        Returns the new size in bytes. Raises UbiError; then the disk is as it was. May take long on
+        a block device that does not zero by itself.
+        """
+        base = self.base
+        if size is not None and METADATA_SIZE + size > size_of(base.fd):
+            base.grow(METADATA_SIZE + size)
+        found = (size_of(base.fd) - METADATA_SIZE) // self.block_size * self.block_size
+        wanted = found if size is None else size
+        if wanted % self.block_size:
+            raise UbiError(
+                f"--size {wanted} is no multiple of the disk's blocks of {self.block_size} bytes: "
+                f"use {wanted // self.block_size * self.block_size}",
+                Exit.USAGE,
+            )
+        if not self.size <= wanted <= found:
+            way_out = (f"grow {shown(base.path)} first" if wanted > found
+                       else "a disk can grow, not shrink")
+            raise UbiError(
+                f"{self.claim.name} has {size_text(self.size)}, its base room for "
+                f"{size_text(found)}: it cannot have {size_text(wanted)}; {way_out}",
+            )
+        if wanted > self.size:
+            if base.is_block and not keep_old_data:
+                zeroing.zero(base.fd, METADATA_SIZE + self.size, wanted - self.size, is_block=True)
+            self.plane.grow(wanted)
+            self.device.resize(wanted)
+            self.size = wanted
+            base.size = size_of(base.fd)
+            self.claim.write_state(self._state(live=True))
+        return self.size
 
     # ---- down -------------------------------------------------------------------------------
 

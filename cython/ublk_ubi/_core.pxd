@@ -138,8 +138,9 @@ cdef struct Actions:
     uint32_t capacity
 
 # What the threads of one device share. Constant once the device runs, but for the states (one
-# writer, the hydrator), `undurable` (the same), the latch (set once by whoever sees it first) and
-# `image_lost` (set once by the control thread: the image is not what it was).
+# writer, the hydrator), `undurable` (the same), the latch (set once by whoever sees it first),
+# `image_lost` (set once by the control thread: the image is not what it was) and `device_bytes`
+# (grown by the control thread, before the kernel sends requests behind the old end).
 cdef struct Shared:
     uint64_t device_bytes
     uint64_t image_bytes

@@ -4,7 +4,7 @@ from libc.errno cimport EINVAL, EIO, EOPNOTSUPP
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from ublk_ubi._atomic cimport ensure, load_i64, load_u32, set_once_u32
+from ublk_ubi._atomic cimport ensure, load_i64, load_u32, load_u64, set_once_u32
 from ublk_ubi._core cimport (
     ACT_COMPLETE, ACT_DISCARD_BASE, ACT_READ_BASE, ACT_READ_IMAGE, ACT_SEND, ACT_SYNC_BASE,
     ACT_WRITE_BASE, ACT_ZERO_BASE, CACHE_UNSAFE, CACHE_WRITETHROUGH, CLAIMED, DATA_OFFSET, DURABLE,
@@ -208,8 +208,9 @@ cdef inline uint64_t next_stripe(Shared* shared, uint64_t offset) noexcept nogil
 
 cdef inline bint is_valid(Shared* shared, const Event* event) noexcept nogil:
     """What the kernel sends: chunk_sectors keeps all but a DISCARD inside a stripe."""
-    if (event.length == 0 or event.offset >= shared.device_bytes
-            or event.length > shared.device_bytes - event.offset):
+    cdef uint64_t device_bytes = load_u64(&shared.device_bytes)
+    if (event.length == 0 or event.offset >= device_bytes
+            or event.length > device_bytes - event.offset):
         return False
     return (event.op == OP_DISCARD
             or (event.offset & (shared.stripe_bytes - 1)) + event.length <= shared.stripe_bytes)
