@@ -131,7 +131,7 @@ def _spawn(
             stdout=log_fd,
             stderr=log_fd,
             cwd="/",
-            env=_environment(),
+            env=environment(),
             pass_fds=(options_fd, ready_fd, go_fd),
             start_new_session=True,
         )
@@ -143,8 +143,8 @@ def _spawn(
         os.close(go_fd)
 
 
-def _environment() -> dict[str, str]:
-    """Let the daemon find this very package, also when it runs from a checkout."""
+def environment() -> dict[str, str]:
+    """Let a process that we start find this very package, also when it runs from a checkout."""
     environment = dict(os.environ)
     parent = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if parent not in (*site.getsitepackages(), site.getusersitepackages()):

@@ -63,7 +63,9 @@ def recover(device: Device, notice: Callable[[str], None] | None = None) -> Read
         raise UbiError(
             f"{device.name} was never live: clear it up with `ublk-ubi del {device.name}`",
         )
-    return start_daemon(options_of(device), notice, recover=True)
+    options = options_of(device)
+    runtime.clear_trouble(device)
+    return start_daemon(options, notice, recover=True)
 
 
 def upgrade(device: Device, notice: Callable[[str], None] | None = None) -> tuple[Ready, float]:

@@ -77,6 +77,7 @@ class Device(msgspec.Struct, kw_only=True, frozen=True):
     pid: int | None = None
     state: State | None = None
     problem: str | None = None
+    trouble: str | None = None  # why nobody brings it back any more
 
     @property
     def socket(self) -> str:
@@ -271,6 +272,25 @@ def holder_of(base_identity: tuple[bool, int, int]) -> str | None:
     return None
 
 
+def write_trouble(device: Device, reason: str) -> None:
+    """Note at a dead device why it is not brought back."""
+    with contextlib.suppress(OSError):
+        dir_fd = os.open(device.folder, _DIRECTORY)
+        try:
+            fd = os.open("trouble", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+                         | os.O_CLOEXEC, 0o600, dir_fd=dir_fd)
+            with open(fd, "w", encoding="utf-8") as file:
+                file.write(reason + "\n")
+        finally:
+            os.close(dir_fd)
+
+
+def clear_trouble(device: Device) -> None:
+    """Let it be brought back again."""
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(device.folder, "trouble"))
+
+
 def refresh(device: Device) -> Device | None:
     """Look at the device's folder again; None when it is gone."""
     try:
@@ -455,7 +475,7 @@ def _is_anothers(found: Claim, base: str | None) -> bool:
 def _look(root_fd: int, name: str) -> Device | None:
     """Describe one folder; None if there is none of that name (a file is none of ours)."""
     path = os.path.join(run_root(), name)
-    state, problem, alive, pid = None, None, False, None
+    state, problem, alive, pid, trouble = None, None, False, None, None
     try:
         if not stat.S_ISDIR(os.stat(name, dir_fd=root_fd, follow_symlinks=False).st_mode):
             return None
@@ -467,6 +487,8 @@ def _look(root_fd: int, name: str) -> Device | None:
     try:
         # The lock last: if its holder lives now, it lived when its pid and state were read.
         pid = _read_pid(dir_fd)
+        with contextlib.suppress(OSError):
+            trouble = _read_file(dir_fd, "trouble").decode(errors="replace").strip()
         try:
             state = _read_state(dir_fd, path)
         except UbiError as error:
@@ -482,7 +504,8 @@ def _look(root_fd: int, name: str) -> Device | None:
         problem = error.message
     finally:
         os.close(dir_fd)
-    return Device(name=name, folder=path, alive=alive, pid=pid, state=state, problem=problem)
+    return Device(name=name, folder=path, alive=alive, pid=pid, state=state, problem=problem,
+                  trouble=trouble)
 
 
 def _read_state(dir_fd: int, path: str) -> State | None:

@@ -145,8 +145,8 @@ class Status(msgspec.Struct, kw_only=True):
 def status_of(device: Device, timeout_s: float = DEFAULT_TIMEOUT_S) -> Status:
     """Ask the daemon; tell of a dead or mute one what its folder tells. Never raises for it."""
     if not device.alive:
-        ended = f"its daemon (process {device.pid}) died" if device.pid else "its daemon died"
-        return _from_folder(device, "dead", device.problem or ended)
+        reason = device.problem or device.trouble or _how_it_ended(device)
+        return _from_folder(device, "dead", reason)
     try:
         answer = rpc.call(device.socket, "status", timeout_s=timeout_s)
         return msgspec.convert(answer, Status)
@@ -159,6 +159,15 @@ def status_of(device: Device, timeout_s: float = DEFAULT_TIMEOUT_S) -> Status:
             mute = f"its daemon (process {device.pid}) does not answer"
             return _from_folder(device, "live", mute)
         return _from_folder(device, "live", error.message)
+
+
+def _how_it_ended(device: Device) -> str:
+    """Tell of a device without a daemon what became of it, and what to do."""
+    who = f"its daemon (process {device.pid})" if device.pid else "its daemon"
+    if device.state is None or not device.state.recoverable:
+        return f"{who} died"
+    how = "left" if device.state.left else "died"
+    return f"{who} {how}; its requests wait: `ublk-ubi recover {device.name}`"
 
 
 def status_of_all(devices: list[Device], timeout_s: float = DEFAULT_TIMEOUT_S) -> list[Status]:

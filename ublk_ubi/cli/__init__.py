@@ -31,6 +31,7 @@ COMMANDS = {
     "hydrate": ("hydrate", "Copy the rest of a disk's image in the background, or pause that."),
     "wait": ("wait", "Wait until a disk is independent of its image."),
     "recover": ("recover", "Bring back disks whose daemons died; their requests wait for it."),
+    "watch": ("watch", "Bring back disks whose daemons die, where systemd does not."),
     "upgrade": ("upgrade", "Move disks, in use or not, to the installed version."),
     "resize": ("resize", "Let a disk grow, while it is in use, after its base did."),
     "check": ("check", "Check a base: its metadata, and what it has against the image."),

@@ -165,6 +165,10 @@ def command(
 
     # For people only: a script's log needs no news of a wait that ends well.
     _show(start_daemon(options, notice if sys.stderr.isatty() else None), as_json=as_json)
+    if options.recovery:
+        from ublk_ubi.watch import start_in_background
+
+        start_in_background()
     return Exit.OK
 
 
