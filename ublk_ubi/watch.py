@@ -15,15 +15,12 @@ import os
 import select
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING
 
 from ublk_ubi import runtime
-from ublk_ubi.errors import UbiError
 from ublk_ubi.launch import environment
-from ublk_ubi.recovery import recover
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,7 +74,7 @@ class Watch:
         self._report = report
         self._deaths: dict[str, deque[float]] = {}
         self._processes: dict[str, tuple[int, int]] = {}  # name: pid, pidfd
-        self._at_work: dict[str, threading.Thread] = {}
+        self._at_work: dict[str, subprocess.Popen[bytes]] = {}
 
     def run(self, *, linger_s: float | None = LINGER_S) -> None:
         """Watch until there is nothing to watch for `linger_s` seconds; None: for ever."""
@@ -132,9 +129,9 @@ class Watch:
             os.close(known[1])
 
     def _bring_back(self, device: Device) -> None:
-        """Start a daemon for a disk whose daemon died, in a thread: it may have to wait."""
+        """Recover a disk whose daemon died, in a process of its own: it may have to wait."""
         worker = self._at_work.get(device.name)
-        if device.trouble is not None or (worker is not None and worker.is_alive()):
+        if device.trouble is not None or (worker is not None and worker.poll() is None):
             return
         deaths = self._deaths.setdefault(device.name, deque(maxlen=MOST_DEATHS))
         now = time.monotonic()
@@ -143,17 +140,11 @@ class Watch:
             deaths.clear()
             self._give_up(device)
             return
-        worker = threading.Thread(target=self._recover, args=(device,), daemon=True)
-        self._at_work[device.name] = worker
-        worker.start()
-
-    def _recover(self, device: Device) -> None:
-        try:
-            ready = recover(device)
-        except UbiError as error:
-            self._report(f"{device.name}: {error.message}")
-        else:
-            self._report(f"{device.name} is back: process {ready.pid}")
+        self._report(f"{device.name}: its daemon (process {device.pid}) died; bringing it back")
+        self._at_work[device.name] = subprocess.Popen(
+            [sys.executable, "-P", "-m", "ublk_ubi", "recover", device.name],
+            stdin=subprocess.DEVNULL, cwd="/", env=environment(), start_new_session=True,
+        )
 
     def _give_up(self, device: Device) -> None:
         reason = (
