@@ -7,6 +7,7 @@ each test nothing of it may be left, and the kernel must have nothing to complai
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import zlib
@@ -19,7 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 pytest.register_assert_rewrite("support")
 
-from support import watch  # noqa: E402
+from support import slots, watch  # noqa: E402
 from support.device import Ubi  # noqa: E402
 from support.images import Image, random_content, write_block, write_file  # noqa: E402
 from support.mapper import Mapper  # noqa: E402
@@ -32,12 +33,24 @@ if TYPE_CHECKING:
 LIMIT_S = 90.0
 PREFIX = f"test{os.getpid()}"
 METADATA_SIZE = 8 << 20
+# "fallback": zero copy whose requests all go through a buffer, as the kernel registers no pages.
+DATA_PATHS = ("zero-copy", "copy", "fallback")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
+        "markers", f"data_paths(*names): run a device test once for each of {', '.join(DATA_PATHS)}",
+    )
+    config.addinivalue_line(
         "markers", f"limit(seconds): how long a device test may take, if not {LIMIT_S:g} s",
     )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("data_paths")
+    if marker and "data_path" in metafunc.fixturenames:
+        assert set(marker.args) <= set(DATA_PATHS), marker.args
+        metafunc.parametrize("data_path", marker.args)
 
 
 @pytest.fixture(scope="session")
@@ -80,13 +93,32 @@ def stores(disks: Disks, mapper: Mapper, undo: Undo) -> Stores:
 
 
 @pytest.fixture
-def ubi(undo: Undo, request: pytest.FixtureRequest) -> Iterator[Ubi]:
+def data_path() -> str:
+    """The data path of the test's devices; the marker data_paths gives others."""
+    return "auto"
+
+
+@pytest.fixture(scope="session")
+def few_slots(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, str]]:
+    """Give the environment in which a queue has slots for that many requests' pages only."""
+    library = slots.build(tmp_path_factory.mktemp("slots"))
+    return functools.partial(slots.environment, library)
+
+
+@pytest.fixture
+def ubi(undo: Undo, data_path: str, request: pytest.FixtureRequest) -> Iterator[Ubi]:
     """Makes devices."""
     if os.geteuid() != 0 or not os.path.exists("/dev/ublk-control"):
         pytest.skip("needs root and a kernel with ublk: run it in tools/lab")
     marker = request.node.get_closest_marker("limit")
     limit_s = float(marker.args[0]) if marker else LIMIT_S
-    made = Ubi(undo, PREFIX, limit_s)
+    environment: dict[str, str] = {}
+    if data_path == "fallback":
+        environment = request.getfixturevalue("few_slots")(0)
+    made = Ubi(
+        undo, PREFIX, limit_s, environment=environment,
+        data_path="zero-copy" if data_path == "fallback" else data_path,
+    )
     yield made
     assert not made.rescued, f"not done within {limit_s:g} s; its devices were killed"
 

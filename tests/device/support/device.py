@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 RUN_ROOT = Path("/run/ublk-ubi")
 CHECKOUT = Path(__file__).resolve().parents[3]
 COMMAND_TIMEOUT_S = 90.0
+# DeviceOptions that go in by a config file; the others are words of the command line.
+_CONFIGURED = ("cache", "data_path", "cpus", "hydrator_cpus", "hydrate", "rate", "min_free")
 # DeviceOptions that are flags of `add`, and what they are called when true and when false.
 _FLAGS = {
     "copy_on_read": ("--copy-on-read", "--no-copy-on-read"),
@@ -59,16 +61,26 @@ class Outcome:
 
 
 class Running:
-    """A command that is under way."""
+    """A command that is under way. `config` is what its config file holds, if it has one."""
 
-    def __init__(self, words: list[str]) -> None:
+    def __init__(
+        self, words: list[str], *, config: dict[str, Any] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.words = words
         self.started_at = time.monotonic()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "ublk_ubi", *words],
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
-        )
+        with contextlib.ExitStack() as stack:
+            fds: list[int] = []
+            if config:
+                fds.append(os.memfd_create("config"))
+                stack.callback(os.close, fds[0])
+                os.write(fds[0], json.dumps(config).encode())
+                self.words = [*words, "--config", f"/proc/self/fd/{fds[0]}"]
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "ublk_ubi", *self.words], pass_fds=fds,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=os.environ | {"PYTHONPATH": str(CHECKOUT)} | (environment or {}),
+            )
 
     @property
     def done(self) -> bool:
@@ -100,6 +112,7 @@ class Device:
     name: str
     options: dict[str, Any]
     _undo: Undo = field(repr=False)
+    environment: dict[str, str] = field(default_factory=dict)      # more than the tests' own
     node: str = ""                     # /dev/ublkbN
     path: str = ""                     # /dev/ublk-ubi/NAME
     id: int = -1
@@ -118,7 +131,11 @@ class Device:
     def begin_start(self, **changes: object) -> Running:
         """Start `add` and do not wait for it; `finish_start` does."""
         self.options |= changes
-        self._starting = Running(["add", "--json", *arguments(self.name, self.options)])
+        config = {key: self.options[key] for key in _CONFIGURED if self.options.get(key) is not None}
+        words = arguments(self.name, {k: v for k, v in self.options.items() if k not in config})
+        self._starting = Running(
+            ["add", "--json", *words], config=config, environment=self.environment,
+        )
         self._undo.callback(self._end_starting, self._starting)
         return self._starting
 
@@ -193,6 +210,20 @@ class Device:
             return False
         return state != "Z"
 
+    def hydrate(self, *, run: bool | None = None, rate: int | None = None) -> dict[str, Any]:
+        """Start or pause background hydration, or set its rate (0: none); the status after it."""
+        said = {"run": run, "rate": rate}
+        params = {key: value for key, value in said.items() if value is not None}
+        answer: dict[str, Any] = self.call("hydrate", params)
+        return answer
+
+    def wait_until_independent(self, timeout_s: float = 30.0) -> dict[str, Any]:
+        """Wait until the image is needed no more; return the status."""
+        return until(
+            lambda: status if (status := self.status())["independent"] else {},
+            f"{self.name}: independent of its image", timeout_s,
+        )
+
     def wait_until_committed(self, timeout_s: float = 15.0) -> dict[str, int]:
         """Wait for the ticks to make all durable that the base has; return the counts."""
         def committed() -> dict[str, int] | None:
@@ -254,9 +285,14 @@ class Device:
 class Ubi:
     """Makes devices with the run's own prefix. Every one of them is gone at the test's end."""
 
-    def __init__(self, undo: Undo, prefix: str, limit_s: float) -> None:
+    def __init__(
+        self, undo: Undo, prefix: str, limit_s: float, *, data_path: str = "auto",
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self._undo = undo
         self._prefix = prefix
+        self._data_path = data_path
+        self._environment = environment or {}
         self.devices: list[Device] = []
         self._rescue = threading.Timer(limit_s, self.rescue)
         self._rescue.daemon = True
@@ -273,7 +309,10 @@ class Ubi:
         name = str(options.pop("name", f"{self._prefix}-{next(_numbers)}"))
         paths = {"image": str(getattr(image, "path", image)), "base": str(base)}
         # A killed daemon's disk fails its requests, and its tests see that; those of recovery ask.
-        device = Device(name, paths | {"recovery": False} | options, self._undo)
+        options = {"recovery": False} | options
+        if self._data_path != "auto":
+            options = {"data_path": self._data_path} | options
+        device = Device(name, paths | options, self._undo, self._environment)
         self.devices.append(device)
         self._undo.callback(device.remove)
         return device
