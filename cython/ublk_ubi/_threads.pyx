@@ -79,9 +79,10 @@ cdef inline void put(Mailbox* box, const Action* action) noexcept nogil:
     mailbox_put(box, &message)
 
 
-cdef inline void ring_bell(ThreadBase* base, Doorbell* bell) noexcept nogil:
-    """After messages were put: wake their receiver if it sleeps."""
-    if doorbell_needed(bell):
+cdef inline void ring_bell(ThreadBase* base, Mailbox* box, Doorbell* bell) noexcept nogil:
+    """Wake the receiver of what lies in `box` if it sleeps. Nothing there, nobody woken: two that
+    woke each other on every turn would never sleep again."""
+    if not mailbox_empty(box) and doorbell_needed(bell):
         base.doorbells += 1
         ring_doorbell(&base.ring, bell.ring_fd)
 
@@ -302,7 +303,7 @@ cdef void run_queue(QueueThread* thread) noexcept nogil:
         thread.now = now_ns()
         queue_completions(thread)
         queue_messages(thread)
-        ring_bell(base, hydrator)
+        ring_bell(base, &base.device.to_hydrator[thread.queue.index], hydrator)
         look_around(base)
     ring_exit(&base.ring)
     tell(base, THREAD_STOPPED, 0)
@@ -494,7 +495,7 @@ cdef void run_hydrator(HydratorThread* thread) noexcept nogil:
             pace(thread, now)
         look_around(base)
         for queue in range(device.shared.queues):
-            ring_bell(base, &device.bells[queue])
+            ring_bell(base, &device.to_queue[queue], &device.bells[queue])
     # The last answers' doorbells leave with this; the queues' ticks would find them otherwise.
     ring_enter(&base.ring, 0)
     ring_exit(&base.ring)
