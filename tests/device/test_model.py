@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
+from typing import NamedTuple
 
 import pytest
 from support import ondisk
@@ -14,48 +16,114 @@ from support.stores import BLOCK_DEVICES
 
 MIB = 1 << 20
 # Few enough stripes to be met cold and hot, and enough for every round to find cold ones.
-IMAGE_SIZES = {64 << 10: 12 * MIB, 256 << 10: 24 * MIB, 1 << 20: 28 * MIB}
-PLACES = {64 << 10: ("ext4", "ext4"), 256 << 10: ("xfs", "ubd"), 1 << 20: ("tmpfs", "xfs")}
+IMAGE_SIZES = {64 << 10: 10 * MIB, 256 << 10: 16 * MIB, 1 << 20: 22 * MIB}
+IMAGE_PLACES = ("ext4", "tmpfs", "loop", "xfs")
+BASE_PLACES = {"file": ("ext4", "xfs", "tmpfs"), "block": ("ubd", "ram", "dm", "loop")}
+CACHES = ("writeback", "writethrough", "unsafe")
 SHORT = 12_345                     # the image ends inside a sector of its last stripe
 TAIL = 2 * MIB                     # of the disk, behind the image
 THREADS = 16
 ROUNDS = 6
-OPERATIONS = int(os.environ.get("UBLK_UBI_OPERATIONS", "1700"))
+# In all; and of one disk before there is a new one, cold again.
+OPERATIONS = int(os.environ.get("UBLK_UBI_OPERATIONS", "100000"))
+MOST_OF_A_DISK = 10_000
+RATE = 2 * MIB                     # of hydration that is to go on beside the operations
 
 
-@pytest.mark.parametrize("copy_on_read", [True, False], ids=["copy", "no-copy"])
-@pytest.mark.parametrize("stripe", [64 << 10, 256 << 10, 1 << 20], ids=["64K", "256K", "1M"])
-@pytest.mark.parametrize("queues", [1, 2])
-def test_random_operations(ubi, make_image, make_base, seed, queues, stripe, copy_on_read):
-    size = IMAGE_SIZES[stripe] + TAIL
-    image_on, base_on = PLACES[stripe]
-    image = make_image(IMAGE_SIZES[stripe] - SHORT, on=image_on, holes=0.2)
-    base = make_base(size, on=base_on)
+class Way(NamedTuple):
+    """What a disk is made of; what is not multiplied out goes round."""
+
+    data_path: str
+    queues: int
+    cache: str
+    hydrate: bool
+    base: str
+    stripe: int
+    copy_on_read: bool
+    image_on: str
+    base_on: str
+
+    def __str__(self) -> str:
+        hydrate = "hydrate" if self.hydrate else "demand"
+        return f"{self.data_path}-{self.queues}q-{self.cache}-{hydrate}-{self.base}"
+
+
+def ways() -> list[Way]:
+    """Every data path × queues × cache mode × hydration × kind of base."""
+    factors = (("zero-copy", "copy"), (1, 2), CACHES, (False, True), ("file", "block"))
+    rng = random.Random(3)
+    found = []
+    for chosen in itertools.product(*factors):
+        found.append(Way(
+            *chosen,
+            stripe=rng.choice(list(IMAGE_SIZES)),
+            copy_on_read=rng.random() < 0.5,
+            image_on=rng.choice(IMAGE_PLACES),
+            base_on=rng.choice(BASE_PLACES[chosen[-1]]),
+        ))
+    return found
+
+
+WAYS = ways()
+SHARE = -(-OPERATIONS // len(WAYS))
+
+
+@pytest.mark.limit(60 + SHARE / 25)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_random_operations(ubi, make_image, make_base, seed, way):
+    left = SHARE
+    for turn in range(-(-SHARE // MOST_OF_A_DISK)):
+        run_disk(ubi, make_image, make_base, seed + turn, way, min(left, MOST_OF_A_DISK))
+        left -= MOST_OF_A_DISK
+
+
+@pytest.mark.data_paths("fallback")
+def test_random_operations_that_fall_back(ubi, make_image, make_base, seed):
+    run_disk(ubi, make_image, make_base, seed, WAYS[0]._replace(queues=2, hydrate=True), 2000)
+    assert ubi.devices[0].status()["data_path"] == "zero-copy"
+
+
+def run_disk(ubi, make_image, make_base, seed, way, operations):
+    """Random operations on a new disk, then the same disk reopened; without its image, if it may."""
+    image_size = IMAGE_SIZES[way.stripe]
+    size = image_size + TAIL
+    image = make_image(image_size - (0 if way.image_on == "loop" else SHORT), on=way.image_on,
+                       holes=0.2)
+    base = make_base(size, on=way.base_on)
     device = ubi.add(
-        image, base, stripe_size=stripe, queues=queues, copy_on_read=copy_on_read,
-        **({"zero": True} if base_on in BLOCK_DEVICES else {"size": size}),
+        image, base, stripe_size=way.stripe, queues=way.queues, copy_on_read=way.copy_on_read,
+        data_path=way.data_path, cache=way.cache, hydrate=way.hydrate,
+        rate=RATE if way.hydrate else None,
+        **({"zero": True} if way.base_on in BLOCK_DEVICES else {"size": size}),
     )
-    model = Model(device.node, image.content, size, stripe, seed)
-    model.run(operations=OPERATIONS, threads=THREADS, rounds=ROUNDS)
+    model = Model(device.node, image.content, size, way.stripe, seed)
+    model.run(operations=operations, threads=THREADS, rounds=ROUNDS)
     status = device.status()
-    print(model.counts, status["cold_reads"], status["hydration"], status["commit"])
-
-    counts = model.counts
-    assert counts.total >= OPERATIONS
-    assert min(counts.reads, counts.writes, counts.durable_writes, counts.flushes) > 0
-    assert status["cold_reads"] > 0
-    assert status["hydration"]["whole_stripe_writes"] > 0
+    print(way, model.counts, status["cold_reads"], status["hydration"], status["commit"])
+    assert (status["data_path"], status["cache"]) == (way.data_path, way.cache)
+    assert model.counts.total >= operations
+    assert min(vars(model.counts).values()) > 0, model.counts
     assert status["hydration"]["stripes"] > 0
-    assert [status["io"][op]["errors"] for op in ("read", "write", "flush")] == [0, 0, 0]
+    if not way.hydrate:
+        assert status["cold_reads"] > 0
+        assert status["hydration"]["whole_stripe_writes"] > 0
+    assert [counts["errors"] for counts in status["io"].values()] == [0] * 5
+    assert min(counts["count"] for counts in status["io"].values()) > 0
 
+    if way.hydrate:
+        device.hydrate(rate=0)
+        device.wait_until_independent()
     model.check("the disk after the run")
+    image.assert_untouched()
     device.stop()
     metadata = ondisk.read_metadata(base)
-    device.start(zero=None)
+    if way.hydrate:
+        assert metadata.hydrated == set(range(metadata.stripes))
+        device.options["image"] = None
+    device.start(zero=None, hydrate=None, rate=None)
     model.check("the disk, reopened")
-    if not copy_on_read:
-        assert device.stripes()["hydrated"] == len(metadata.hydrated)
-    image.assert_untouched()
+    assert device.stripes()["hydrated"] >= len(metadata.hydrated)
+    device.stop()
 
 
 @pytest.mark.parametrize("queues", [1, 2])

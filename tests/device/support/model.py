@@ -6,6 +6,10 @@ and reads it, or to all, which read it. Extents are cut with no regard for strip
 small and close together: several threads are in the same stripe, on neighbouring sectors, nearly
 all the time. A round keeps to a window of the disk that moves on, so that there are cold stripes to
 the end.
+
+A discarded sector may hold what it held or zeros, until it is read: from then on it is what was
+found, as nothing of what these tests run on changes its mind. So the model knows of each sector
+whether it may be zeros instead.
 """
 
 from __future__ import annotations
@@ -13,21 +17,32 @@ from __future__ import annotations
 import bisect
 import contextlib
 import ctypes
+import fcntl
 import itertools
 import mmap
 import os
 import random
+import struct
 import threading
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from support.direct import SECTOR, assert_content, assert_same
+from support.direct import SECTOR, DirectFile, assert_same
 
 MAX_LENGTH = 1 << 20
 POOL_SIZE = 2 << 20                # random bytes that writes take their data from
+ZEROS = bytes(SECTOR)
+
+# <linux/fs.h>: ioctls that take two 64-bit words, start and length
+_BLKDISCARD, _BLKZEROOUT = 0x1277, 0x127F
+_RANGE = struct.Struct("=QQ")
+# <linux/falloc.h>
+_KEEP_SIZE, _PUNCH_HOLE, _ZERO_RANGE = 0x01, 0x02, 0x10
 
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate64
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class Extent(NamedTuple):
@@ -43,11 +58,15 @@ class Counts:
     writes: int = 0
     durable_writes: int = 0
     whole_stripes: int = 0
+    discards: int = 0
+    wide_discards: int = 0             # … of them those of several stripes
+    zeroes: int = 0                    # kept in place (BLKZEROOUT, ZERO_RANGE)
+    unmapping_zeroes: int = 0          # … or given back (PUNCH_HOLE)
     flushes: int = 0
 
     @property
     def total(self) -> int:
-        return self.reads + self.writes + self.durable_writes + self.whole_stripes + self.flushes
+        return sum(vars(self).values()) - self.wide_discards
 
     def add(self, other: Counts) -> None:
         for name, value in vars(other).items():
@@ -107,6 +126,7 @@ class Model:
         self.seed = seed
         self.content = mmap.mmap(-1, size)
         self.content[: len(image)] = image
+        self.discarded = bytearray(size // SECTOR)     # 1: may be zeros instead
         self.counts = Counts()
         self.pool = mmap.mmap(-1, POOL_SIZE)
         self.pool[:] = random.Random(seed).randbytes(POOL_SIZE)
@@ -129,7 +149,21 @@ class Model:
 
     def check(self, what: str) -> None:
         """Compare the whole disk."""
-        assert_content(self.path, self.content, what)
+        with DirectFile(self.path, os.O_RDONLY) as file:
+            for offset in range(0, self.size, MAX_LENGTH):
+                self.compare(file.pread(offset, min(MAX_LENGTH, self.size - offset)), offset, what)
+
+    def compare(self, found: bytes | bytearray, offset: int, what: str) -> None:
+        """See that a part of the disk is what it may be, and keep in mind what was found."""
+        end = offset + len(found)
+        sectors = range(offset // SECTOR, end // SECTOR)
+        for sector in sectors:
+            if self.discarded[sector]:
+                at = sector * SECTOR
+                if found[at - offset : at - offset + SECTOR] == ZEROS:
+                    self.content[at : at + SECTOR] = ZEROS
+                self.discarded[sector] = 0
+        assert_same(bytes(found), self.content[offset:end], offset, what)
 
     def _window(self, number: int, rounds: int) -> Extent:
         """A part of the disk, half overlapping the one before; the last ends with the disk."""
@@ -174,6 +208,7 @@ class Worker:
         self._view = memoryview(self._buffer)
         self._pool = memoryview(model.pool)
         self._content = memoryview(model.content)
+        self._discarded = memoryview(model.discarded)
         self._rng = random.Random()
 
     def take(self, own: list[Extent], shared: list[Extent], seed: int, when: str) -> None:
@@ -193,16 +228,20 @@ class Worker:
             self._write_whole_stripe()  # while it may still be cold
         for _ in range(operations - 1):
             lot = self._rng.random()
-            if lot < 0.40 or not self.own:
+            if lot < 0.35 or not self.own:
                 self._read()
-            elif lot < 0.76:
+            elif lot < 0.60:
                 self._write(self._fd, *self._place(self._rng.choice(self.own)))
                 self.counts.writes += 1
-            elif lot < 0.88:
+            elif lot < 0.70:
                 self._write(self._durable_fd, *self._place(self._rng.choice(self.own)))
                 self.counts.durable_writes += 1
-            elif lot < 0.97:
+            elif lot < 0.78:
                 self._write_whole_stripe()
+            elif lot < 0.87:
+                self._discard()
+            elif lot < 0.97:
+                self._zero()
             else:
                 os.fsync(self._fd)
                 self.counts.flushes += 1
@@ -229,9 +268,10 @@ class Worker:
         count = os.preadv(self._fd, [self._view[:length]], offset)
         what = f"{self.where}: read {length} bytes at {offset}"
         assert count == length, f"{what}: {count}"
-        if _memcmp(address(self._buffer), address(self.model.content) + offset, length) != 0:
-            expected = self.model.content[offset : offset + length]
-            assert_same(self._buffer[:length], expected, offset, what)
+        sectors = self._discarded[offset // SECTOR : (offset + length) // SECTOR]
+        if any(sectors) or _memcmp(
+                address(self._buffer), address(self.model.content) + offset, length) != 0:
+            self.model.compare(self._buffer[:length], offset, what)
         self.counts.reads += 1
 
     def _write(self, fd: int, offset: int, length: int) -> None:
@@ -239,9 +279,56 @@ class Worker:
         count = os.pwritev(fd, [self._pool[start : start + length]], offset)
         assert count == length, f"{self.where}: wrote {count} of {length} bytes at {offset}"
         self._content[offset : offset + length] = self._pool[start : start + length]
+        self._settle(offset, length)
+
+    def _settle(self, offset: int, length: int) -> None:
+        """What is there is known again."""
+        self._discarded[offset // SECTOR : (offset + length) // SECTOR] = bytes(length // SECTOR)
+
+    def _discard(self) -> None:
+        """Some sectors, or many stripes in one request."""
+        extent = self._rng.choice(self.own)
+        offset, length = self._place(extent)
+        if self._rng.random() < 0.3:
+            extent = max(self.own, key=lambda own: own.end - own.start)
+            offset, length = extent.start, extent.end - extent.start
+        fcntl.ioctl(self._fd, _BLKDISCARD, _RANGE.pack(offset, length))
+        first, end = offset // SECTOR, (offset + length) // SECTOR
+        self._discarded[first:end] = b"\1" * (end - first)
+        self.counts.discards += 1
+        stripe = self.model.stripe
+        self.counts.wide_discards += offset // stripe != (offset + length - 1) // stripe
+
+    def _zero(self) -> None:
+        """By one of the three ways that there are."""
+        offset, length = self._place(self._rng.choice(self.own))
+        if self._rng.random() < 0.2 and (whole := self._whole_stripes()):
+            offset, length = whole
+        way = self._rng.randrange(3)
+        if way == 0:
+            fcntl.ioctl(self._fd, _BLKZEROOUT, _RANGE.pack(offset, length))
+        else:
+            mode = _KEEP_SIZE | (_PUNCH_HOLE if way == 1 else _ZERO_RANGE)
+            if _fallocate(self._fd, mode, offset, length) != 0:
+                raise OSError(ctypes.get_errno(), f"{self.where}: fallocate {mode:#x}")
+        self._content[offset : offset + length] = bytes(length)
+        self._settle(offset, length)
+        if way == 1:
+            self.counts.unmapping_zeroes += 1
+        else:
+            self.counts.zeroes += 1
 
     def _write_whole_stripe(self) -> None:
-        """One stripe, or several in a row, exactly; whatever else if no extent has one."""
+        """Whole stripes, exactly; whatever else if no extent has one."""
+        if whole := self._whole_stripes():
+            self._write(self._fd, *whole)
+            self.counts.whole_stripes += 1
+        else:
+            self._write(self._fd, *self._place(self._rng.choice(self.own)))
+            self.counts.writes += 1
+
+    def _whole_stripes(self) -> tuple[int, int] | None:
+        """Offset and length of a stripe, or of several in a row; None if no extent has one."""
         stripe = self.model.stripe
         first = bisect.bisect_left(self.own, (self._rng.randrange(self.model.size), 0))
         for extent in self.own[first:] + self.own[:first]:
@@ -250,12 +337,8 @@ class Worker:
             if room > 0:
                 at = start + self._rng.randrange(room) * stripe
                 length = min(MAX_LENGTH, (extent.end - at) // stripe * stripe)
-                length = stripe * self._rng.randint(1, length // stripe)
-                self._write(self._fd, at, length)
-                self.counts.whole_stripes += 1
-                return
-        self._write(self._fd, *self._place(self._rng.choice(self.own)))
-        self.counts.writes += 1
+                return at, stripe * self._rng.randint(1, length // stripe)
+        return None
 
 
 def address(memory: mmap.mmap) -> int:
