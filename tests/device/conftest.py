@@ -39,7 +39,7 @@ DATA_PATHS = ("zero-copy", "copy", "fallback")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", f"data_paths(*names): run a device test once for each of {', '.join(DATA_PATHS)}",
+        "markers", f"data_paths(*names): run a device test on each of {', '.join(DATA_PATHS)}",
     )
     config.addinivalue_line(
         "markers", f"limit(seconds): how long a device test may take, if not {LIMIT_S:g} s",

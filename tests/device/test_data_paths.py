@@ -1,4 +1,4 @@
-"""Which way data goes between a guest and the files: what is asked for, and what the kernel grants."""
+"""Which way data goes between a guest and the files: what is asked for, what the kernel grants."""
 
 from __future__ import annotations
 

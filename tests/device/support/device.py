@@ -131,8 +131,9 @@ class Device:
     def begin_start(self, **changes: object) -> Running:
         """Start `add` and do not wait for it; `finish_start` does."""
         self.options |= changes
-        config = {key: self.options[key] for key in _CONFIGURED if self.options.get(key) is not None}
-        words = arguments(self.name, {k: v for k, v in self.options.items() if k not in config})
+        said = {key: value for key, value in self.options.items() if value is not None}
+        config = {key: value for key, value in said.items() if key in _CONFIGURED}
+        words = arguments(self.name, {k: v for k, v in said.items() if k not in config})
         self._starting = Running(
             ["add", "--json", *words], config=config, environment=self.environment,
         )
@@ -301,13 +302,16 @@ class Ubi:
         undo.callback(self._rescue.cancel)
 
     def add(self, image: object, base: object, **options: object) -> Device:
-        """A live device. `image` and `base` are paths (or an Image); options are DeviceOptions."""
+        """A live device. `image` (None: none) and `base` are paths, or an Image; options are
+        DeviceOptions."""
         return self.new(image, base, **options).start()
 
     def new(self, image: object, base: object, **options: object) -> Device:
         """A device that is not started yet."""
         name = str(options.pop("name", f"{self._prefix}-{next(_numbers)}"))
-        paths = {"image": str(getattr(image, "path", image)), "base": str(base)}
+        paths = {"base": str(base)}
+        if image is not None:
+            paths["image"] = str(getattr(image, "path", image))
         # A killed daemon's disk fails its requests, and its tests see that; those of recovery ask.
         options = {"recovery": False} | options
         if self._data_path != "auto":

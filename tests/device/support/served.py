@@ -85,6 +85,8 @@ class ServedDisk:
         self._held: list[Request] = []
         self._hold: Callable[[Request], bool] | None = None
         self._fail: Callable[[Request], bool] | None = None
+        self._durable: bytearray | None = None         # what a power loss leaves
+        self._volatile: list[tuple[int, bytes]] = []   # written since the last flush
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.path, self._fd = _attach(theirs.fileno(), size)
         self._threads = [
@@ -129,6 +131,19 @@ class ServedDisk:
         with self._lock:
             self._fail = None
         self.release()
+
+    def be_volatile(self) -> None:
+        """Have a cache: from now on `lose_power` takes what was written without FUA or a flush."""
+        with self._lock:
+            self._durable = bytearray(self.content)
+
+    def lose_power(self) -> None:
+        """Lose what the cache holds; what is held is lost, too."""
+        self.release(apply=False)
+        with self._lock:
+            assert self._durable is not None
+            self._volatile.clear()
+            self.content[:] = self._durable
 
     @property
     def held(self) -> list[Request]:
@@ -182,14 +197,29 @@ class ServedDisk:
 
     def _carry_out(self, request: Request, error: int) -> None:
         data = b""
-        end = request.offset + request.length
         if error == 0 and request.kind == WRITE:
-            self.content[request.offset : end] = request.data
+            self._write(request.offset, request.data, durable=request.fua)
         elif error == 0 and request.kind == ZERO:
-            self.content[request.offset : end] = bytes(request.length)
+            self._write(request.offset, bytes(request.length), durable=request.fua)
+        elif error == 0 and request.kind == FLUSH:
+            self._flush()
         elif error == 0 and request.kind == READ:
             data = self.at(request.offset, request.length)
         self._answer(request, error, data)
+
+    def _write(self, offset: int, data: bytes, *, durable: bool) -> None:
+        self.content[offset : offset + len(data)] = data
+        if self._durable is not None:
+            # FUA as well: of one place the later write counts when a flush comes.
+            self._volatile.append((offset, data))
+            if durable:
+                self._durable[offset : offset + len(data)] = data
+
+    def _flush(self) -> None:
+        if self._durable is not None:
+            for offset, data in self._volatile:
+                self._durable[offset : offset + len(data)] = data
+            self._volatile.clear()
 
     def _answer(self, request: Request, error: int, data: bytes = b"") -> None:
         with contextlib.suppress(OSError):
