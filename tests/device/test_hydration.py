@@ -16,17 +16,15 @@ from support.direct import DirectFile, assert_content
 from support.guest import BLOCK, fails, flush, read, write
 from support.ondisk import DATA_OFFSET
 from support.served import READ, serve
-from support.shell import run, until
+from support.shell import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from support.device import Device, Ubi
     from support.images import Image
     from support.mapper import Mapper
     from support.served import ServedDisk
-    from support.stores import Stores
     from support.undo import Undo
 
 MIB = 1 << 20
@@ -255,6 +253,47 @@ def test_an_image_that_dies_and_returns(
     assert_content(device.node, expected, "the disk")
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
+@pytest.mark.parametrize("change", ["written", "shorter"])
+def test_an_image_that_changes_ends_it(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str], change: str,
+) -> None:
+    """Nothing of the image is copied or served from then on; what the base has is."""
+    image = make_image(SIZE)
+    device = ubi.add(
+        image, make_base(SIZE), size=SIZE, stripe_size=STRIPE, hydrate=True, rate=4 * STRIPE,
+        copy_on_read=False,
+    )
+    write(device, 0, b"h" * BLOCK)
+    with open(image.path, "r+b") as file:
+        if change == "written":
+            file.write(b"x")
+        else:
+            file.truncate(SIZE - STRIPE)
+    wait_for_state(device, "no-image")
+    degraded = device.status()["degraded"]
+    assert image.path in degraded
+    assert ("size" if change == "shorter" else "change time") in degraded
+    device.hydrate(run=True, rate=0)
+    assert hydration(device)["state"] == "no-image"
+    uptime = device.status()["uptime_s"]
+    until(lambda: device.status()["uptime_s"] > uptime + 1.2, "time passes")
+    there = device.stripes()["hydrated"]
+    assert there < STRIPES // 2
+
+    cold = 100 * STRIPE
+    assert fails(read, device, cold)
+    assert fails(write, device, cold, b"p" * BLOCK)
+    assert fails(write, device, cold, b"p" * BLOCK, fua=True)
+    write(device, cold, b"w" * STRIPE)
+    assert read(device, cold, STRIPE) == b"w" * STRIPE
+    assert read(device, 0) == b"h" * BLOCK
+    write(device, BLOCK, b"i" * BLOCK)
+    flush(device)
+    assert device.stripes()["hydrated"] == there + 1
+    device.stop()
+
+
 def held_bytes(disk: ServedDisk) -> int:
     """Bytes of requests that are held; the kernel makes one of what lies side by side."""
     return sum(request.length for request in disk.held)
@@ -317,76 +356,6 @@ def test_guests_beside_the_hydration_of_a_delayed_image(
     assert_content(device.node, expected, "the disk while it hydrates")
     device.wait_until_independent()
     assert_content(device.node, expected, "the disk")
-
-
-# -- room -----------------------------------------------------------------------------------------
-
-@pytest.fixture
-def small(stores: Stores, undo: Undo, tmp_path: Path) -> Path:
-    """A filesystem of 64 MiB, empty."""
-    file = stores.folder("ext4") / "filesystem"
-    file.touch()
-    os.truncate(file, 64 * MIB)
-    run("mkfs.ext4", "-q", "-F", "-m", 0, "-O", "^has_journal", file)
-    point = tmp_path / "small"
-    point.mkdir()
-    run("mount", stores.loop_over(file), point)
-    undo.callback(run, "umount", point)
-    return point
-
-
-def fill(folder: Path, leave: int) -> Path:
-    """A file that leaves so many bytes of its filesystem free."""
-    path = folder / "filler"
-    space = os.statvfs(folder)
-    with open(path, "wb") as file:
-        os.posix_fallocate(file.fileno(), 0, space.f_bavail * space.f_frsize - leave)
-    return path
-
-
-def test_it_leaves_room_on_the_filesystem_of_the_base(
-    ubi: Ubi, make_image: Callable[..., Image], small: Path,
-) -> None:
-    image = make_image(SIZE)
-    filler = fill(small, 16 * MIB)
-    device = ubi.add(
-        image, small / "base", stripe_size=STRIPE, hydrate=True, rate=MIB, min_free="20M",
-    )
-    wait_for_state(device, "low-space")
-    device.wait_until_committed()
-    before, uptime = device.stripes()["hydrated"], device.status()["uptime_s"]
-    until(lambda: device.status()["uptime_s"] > uptime + 1.5, "time passes")
-    assert device.stripes()["hydrated"] == before < STRIPES // 2
-    assert device.status()["degraded"] is None
-    # Demand takes what there is.
-    write(device, 100 * STRIPE, b"d" * BLOCK)
-    assert device.stripes()["hydrated"] == before + 1
-
-    device.hydrate(rate=0)
-    filler.unlink()
-    device.wait_until_independent()
-    expected = bytearray(image.content)
-    expected[100 * STRIPE : 100 * STRIPE + BLOCK] = b"d" * BLOCK
-    assert_content(device.node, expected, "the disk")
-
-
-def test_a_full_filesystem_ends_a_pass_and_room_the_next(
-    ubi: Ubi, make_image: Callable[..., Image], small: Path,
-) -> None:
-    image = make_image(SIZE)
-    device = ubi.add(image, small / "base", stripe_size=STRIPE, min_free="0")
-    filler = fill(small, 2 * MIB)
-    device.hydrate(run=True)
-    found = wait_for_state(device, "waiting")
-    assert found["last_error"] == 28
-    assert found["failed"] <= 16, "nobody tries them all where there is no room"
-    assert device.status()["degraded"] is None
-    there = device.stripes()["hydrated"]
-    assert 8 <= there < STRIPES
-    assert read(device, SIZE - BLOCK) == image.content[SIZE - BLOCK :]
-    filler.unlink()
-    device.wait_until_independent()
-    assert_content(device.node, image.content, "the disk")
 
 
 # -- zeros ----------------------------------------------------------------------------------------

@@ -133,6 +133,32 @@ class Stores:
             pytest.skip("needs tools/lab")
         return Path(scratch)
 
+    def small(self, size: int) -> Path:
+        """The mount point of an ext4 filesystem of `size` bytes that has all of it, and no more."""
+        folder = self.folder("ext4")
+        file = folder / "filesystem"
+        file.touch()
+        os.truncate(file, size)
+        return self._mount_file(file, folder / "point")
+
+    def hollow(self, size: int, room: int) -> tuple[Path, Path]:
+        """The mount point of an ext4 filesystem that believes to have `size` bytes, of which only
+        about `room` can be written; and the folder whose filesystem has no more."""
+        outer = self.small(room)
+        file = outer / "filesystem"
+        file.touch()
+        os.truncate(file, size)
+        return self._mount_file(file, self.folder("ext4") / "point"), outer
+
+    def _mount_file(self, file: Path, point: Path) -> Path:
+        # No journal, as it would fill up; all of its tables are on the disk.
+        run("mkfs.ext4", "-q", "-F", "-m", 0, "-O", "^has_journal,^resize_inode",
+            "-E", "lazy_itable_init=0,nodiscard", file)
+        point.mkdir()
+        run("mount", self.loop_over(file), point)
+        self._undo.callback(run, "umount", point)
+        return point
+
     def loop_over(self, path: Path | str, *options: object) -> str:
         """A loop device over a file."""
         device = attach_loop(path, *options)

@@ -1,0 +1,79 @@
+"""How much memory a disk's daemon takes, of private pages and of locked ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support.direct import read_direct
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from support.device import Device, Ubi
+    from support.images import Image
+    from support.stores import Stores
+
+MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
+SIZE = 64 * MIB
+MOST = {"zero-copy": 32 * MIB, "copy": 64 * MIB}
+
+
+def smaps(device: Device) -> int:
+    """Private and locked bytes, as the kernel counts them."""
+    rollup = Path(f"/proc/{device.pid}/smaps_rollup").read_text().splitlines()
+    fields = {line.split(":")[0]: int(line.split()[1]) for line in rollup[1:]}
+    return (fields["Private_Dirty"] + fields["Locked"]) << 10
+
+
+@pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio")
+@pytest.mark.data_paths("zero-copy", "copy")
+def test_of_a_default_disk_after_load(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str], tmp_path: Path,
+    data_path: str,
+) -> None:
+    """As many requests at once as there are tags, as large as they get, cold and hot."""
+    image = make_image(SIZE, holes=0.2)
+    device = ubi.add(image, make_base(SIZE), size=SIZE)
+    command = [
+        "fio", f"--filename={device.node}", "--direct=1", "--ioengine=libaio", "--iodepth=128",
+        "--bssplit=4k/40:256k/20:1m/40", f"--size={SIZE}", "--number_ios=600", "--norandommap",
+        "--randrepeat=1", "--output-format=json", "--name=job", "--rw=randrw",
+    ]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=tmp_path, timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    job = json.loads(done.stdout[done.stdout.index("{"):])["jobs"][0]
+    assert job["error"] == 0
+    device.hydrate(run=True)
+    memory = device.wait_until_independent()["memory"]
+    print(f"{data_path}: {memory / MIB:.1f} MiB, smaps {smaps(device) / MIB:.1f} MiB")
+    assert memory <= MOST[data_path]
+    assert smaps(device) <= MOST[data_path]
+
+
+def test_of_a_huge_disk(ubi: Ubi, stores: Stores) -> None:
+    """2 TiB take 8 MiB more than 10 GiB at the most, from the start and after a read of the end."""
+    folder = stores.folder("ext4")
+    memory = {}
+    for size in (10 * GIB, 2 * TIB):
+        image, base = folder / f"image{size}", folder / f"base{size}"
+        image.touch()
+        os.truncate(image, size)
+        device = ubi.add(image, base)
+        assert device.size == size
+        assert not any(read_direct(device.node, size - 4096, 4096))
+        with device.open() as disk:
+            disk.pwrite(b"x" * 4096, size - 4096)
+            disk.fsync()
+        memory[size] = device.status()["memory"]
+        print(f"{size >> 30} GiB: {memory[size] / MIB:.1f} MiB, smaps {smaps(device) / MIB:.1f}")
+        device.stop()
+    assert memory[2 * TIB] <= memory[10 * GIB] + 8 * MIB
+    assert memory[2 * TIB] <= MOST["zero-copy"]
