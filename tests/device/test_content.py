@@ -25,6 +25,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.data_paths("zero-copy", "copy", "fallback")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reads(ubi, make_image, make_base, shape):
     """A disk that only reads its image, then, opened again, one that hydrates what is read."""
@@ -67,6 +68,7 @@ def test_reads(ubi, make_image, make_base, shape):
     image.assert_untouched()
 
 
+@pytest.mark.data_paths("zero-copy", "copy", "fallback")
 def test_a_whole_stripe_is_written_without_a_fetch(ubi, make_image, make_base, seed):
     stripe = 64 * KIB
     image = make_image(16 * stripe)
@@ -92,6 +94,7 @@ def test_a_whole_stripe_is_written_without_a_fetch(ubi, make_image, make_base, s
     image.assert_untouched()
 
 
+@pytest.mark.data_paths("zero-copy", "copy", "fallback")
 @pytest.mark.parametrize("copy_on_read", [True, False])
 def test_a_part_of_a_stripe_is_written_into_what_was_fetched(
     ubi, make_image, make_base, copy_on_read,
@@ -127,6 +130,7 @@ def test_a_part_of_a_stripe_is_written_into_what_was_fetched(
     image.assert_untouched()
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_behind_the_image_there_is_nothing_to_hydrate(ubi, make_image, make_base):
     stripe = 64 * KIB
     image = make_image(2 * stripe)

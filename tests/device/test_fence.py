@@ -110,6 +110,7 @@ def variant(tmp_path: Path) -> Variant:
 
 # -- the lock -----------------------------------------------------------------------------------
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_add_waits_until_the_writes_of_the_dead_have_landed(scene: Scene) -> None:
     scene.kill_while_guests_write(HOT, COLD)
     device = scene.ubi.new(scene.image, scene.base.path)
@@ -167,6 +168,7 @@ def test_the_wait_has_a_limit(scene: Scene, same_name: bool) -> None:
 
 # -- ublkc in the rings ----------------------------------------------------------------------------
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_del_waits_until_the_writes_of_the_dead_have_landed(scene: Scene) -> None:
     scene.kill_while_hydrating(COLD)
     refused = scene.ubi.command("del", scene.killed.name, "--timeout", 0.5)

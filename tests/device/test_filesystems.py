@@ -90,6 +90,7 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize("kind", KINDS)
 def test_made_on_a_device(ubi, make_base, stores, mounted, seed, kind):
     path = stores.folder("ext4") / "image"
@@ -116,6 +117,7 @@ def test_made_on_a_device(ubi, make_base, stores, mounted, seed, kind):
     assert os.stat(path).st_blocks == 0, "nothing was written to the image"
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_image_that_is_one(ubi, make_base, stores, mounted, seed, kind):
     path = stores.folder("xfs" if kind == "ext4" else "ext4") / "image"

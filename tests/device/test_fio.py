@@ -21,6 +21,7 @@ JOBS = {
 }
 
 
+@pytest.mark.data_paths("zero-copy", "copy", "fallback")
 @pytest.mark.parametrize("queues", [1, 2])
 @pytest.mark.parametrize("job", JOBS)
 def test_verify(ubi, make_image, make_base, tmp_path, seed, job, queues):

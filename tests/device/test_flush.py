@@ -36,6 +36,7 @@ def test_a_flush_of_nothing(cold):
     assert status["commit"]["rounds"] == 0, "and no round: there is nothing to commit"
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_flushes_reach_the_disk_under_the_base(ubi, make_image, make_base):
     image = make_image(2 * MIB)
     base = make_base(2 * MIB, on="ubd")
@@ -54,6 +55,7 @@ def test_flushes_reach_the_disk_under_the_base(ubi, make_image, make_base):
         assert flushes_of(base) >= before + 1, "the stripe is durable: its data alone"
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_after_fsync_the_bits_are_set(cold):
     """Stripe by stripe, so fast that no tick could have done it."""
     device, base, _ = cold
@@ -68,6 +70,7 @@ def test_after_fsync_the_bits_are_set(cold):
     assert status["io"]["flush"]["count"] == 16
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize("length", [512, STRIPE, 3 * STRIPE])
 def test_after_a_durable_write_the_bits_are_set(cold, length):
     device, base, _ = cold
@@ -85,6 +88,7 @@ def test_after_a_durable_write_the_bits_are_set(cold, length):
     assert status["hydration"]["whole_stripe_writes"] == (len(written) if length >= STRIPE else 0)
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_a_durable_write_where_all_is_durable_needs_no_round(cold):
     device, _, _ = cold
     with device.open(DURABLE) as disk:
@@ -107,6 +111,7 @@ def test_without_a_flush_the_tick_commits(cold):
     assert device.status()["io"]["flush"]["count"] == 0
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize("queues", [1, 2])
 def test_a_flush_covers_what_was_complete_before_it(ubi, make_image, make_base, queues):
     """Writers go through cold stripes while flushes come one after the other, and while others

@@ -72,6 +72,7 @@ def stripes_of(disk: Disk) -> list[int]:
     return list(range(-(-disk.start // STRIPE), (disk.start + FILE_SIZE) // STRIPE, 2))
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize("length", [BLOCK, STRIPE], ids=["part", "whole"])
 def test_of_a_cold_stripe_it_joins_a_round(disk, length):
     """One write and no flush, and when it returns the stripe's bit is on the base."""
@@ -91,6 +92,7 @@ def test_of_a_cold_stripe_it_joins_a_round(disk, length):
         assert_same(found, data, stripe * STRIPE, "the base's data")
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_of_a_durable_stripe_its_data_is_flushed_and_no_more(disk):
     stripe = stripes_of(disk)[0]
     disk.overwrite(stripe * STRIPE, b"\1" * BLOCK)

@@ -48,6 +48,7 @@ def expected(image: Image, offset: int, length: int = BLOCK) -> bytes:
     return image.content[offset : offset + length]
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_a_bad_block_of_the_image(
     ubi: Ubi, image: Image, below: Mapped, make_base: Callable[..., str],
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_bad_block_of_the_image(
     assert errors(device)[:2] == (1, 2)
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_a_dead_image_and_its_return(
     ubi: Ubi, image: Image, below: Mapped, make_base: Callable[..., str],
 ) -> None:
@@ -117,6 +119,7 @@ def test_a_dead_image_and_its_return(
     )
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_a_bad_part_of_the_base(
     ubi: Ubi, make_image: Callable[..., Image], mapper: Mapper, make_base: Callable[..., str],
 ) -> None:

@@ -35,6 +35,7 @@ LOAD_SIZE = 8 * MIB
 KILLS = 4
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize(
     ("on", "options"),
     [

@@ -26,6 +26,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize(("image_on", "base_on"), PAIRS)
 def test_kinds(ubi, make_image, make_base, seed, image_on, base_on):
     image = make_image(IMAGE_SIZE, on=image_on, holes=0.2)
@@ -71,6 +72,7 @@ def test_a_used_block_device_is_zeroed_behind_the_image(ubi, make_image, stores)
     assert_content(device.node, image.as_disk(DISK_SIZE), "the disk")
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize("how", ["option", "loop"])
 def test_blocks_of_4096_bytes(ubi, make_image, make_base, stores, how):
     image = make_image(5 * MIB + 513)
@@ -108,6 +110,7 @@ def test_blocks_of_512_are_the_default_and_seen_by_its_users(ubi, make_image, ma
     assert (queue / "fua").read_text() == "1\n"
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_a_copy_of_image_or_base_does_not_change_the_blocks(ubi, make_image, make_base):
     """On XFS `cp` makes files share blocks, and want writes of whole blocks from then on."""
     image = make_image(2 * MIB, on="xfs")
@@ -134,6 +137,7 @@ def test_a_copy_of_image_or_base_does_not_change_the_blocks(ubi, make_image, mak
     image.assert_untouched()
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_an_image_through_the_page_cache(ubi, make_image, make_base):
     image = make_image(3 * MIB + 100)
     device = ubi.add(image, make_base(0), image_cache="page", stripe_size=STRIPE)

@@ -132,6 +132,7 @@ def run_disk(ubi, make_image, make_base, seed, way, operations):
     return status
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize("queues", [1, 2])
 def test_readers_beside_writers(ubi, make_image, make_base, seed, queues):
     """What is read while it is written for the first time is old or new, never anything else."""

@@ -49,6 +49,7 @@ def slow_stripe(number: int) -> int:
     return (FAST_STRIPES + number) * STRIPE
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_hot_io_completes_while_a_cold_read_is_delayed(
     ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str], mapper: Mapper,
 ) -> None:
@@ -67,6 +68,7 @@ def test_hot_io_completes_while_a_cold_read_is_delayed(
     assert cold.seconds >= 2.9
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize("slow", [{"queues": 1}, {"queues": 2}], ids=["1q", "2q"], indirect=True)
 def test_only_those_wait_that_need_what_is_held(slow: Device, served_image: ServedDisk) -> None:
     image = bytes(served_image.content)
@@ -101,6 +103,7 @@ def test_only_those_wait_that_need_what_is_held(slow: Device, served_image: Serv
     )
 
 
+@pytest.mark.data_paths("zero-copy", "copy")
 def test_a_held_stripe_is_waited_for_by_its_own_io_alone(
     slow: Device, served_image: ServedDisk,
 ) -> None:
