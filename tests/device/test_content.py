@@ -25,7 +25,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.data_paths("zero-copy", "copy", "fallback")
+@pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reads(ubi, make_image, make_base, shape):
     """A disk that only reads its image, then, opened again, one that hydrates what is read."""

@@ -21,10 +21,19 @@ JOBS = {
 }
 
 
-@pytest.mark.data_paths("zero-copy", "copy", "fallback")
+@pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize("queues", [1, 2])
 @pytest.mark.parametrize("job", JOBS)
 def test_verify(ubi, make_image, make_base, tmp_path, seed, job, queues):
+    verify(ubi, make_image, make_base, tmp_path, seed, job, queues)
+
+
+@pytest.mark.data_paths("fallback")
+def test_verify_what_falls_back(ubi, make_image, make_base, tmp_path, seed):
+    verify(ubi, make_image, make_base, tmp_path, seed, "mixed", 2)
+
+
+def verify(ubi, make_image, make_base, tmp_path, seed, job, queues):
     part, how = JOBS[job]
     size = queues * part
     image = make_image(size - 777, holes=0.5)
