@@ -66,9 +66,11 @@ def ways() -> list[Way]:
 
 WAYS = ways()
 SHARE = -(-OPERATIONS // len(WAYS))
+# The usual limit is enough, and says how tests are shared out among guests, for what CI does.
+more_time = pytest.mark.limit(60 + SHARE / 25) if SHARE > 3000 else lambda test: test
 
 
-@pytest.mark.limit(60 + SHARE / 25)
+@more_time
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_random_operations(ubi, make_image, make_base, seed, way):
     left = SHARE
