@@ -274,7 +274,7 @@ cdef void fail_demand(Hydrator* hydrator, Actions* actions) noexcept nogil:
 cdef void start_background(Hydrator* hydrator, Actions* actions) noexcept nogil:
     """Copy the next stripes that nobody has asked for, as far as budget and buffers go."""
     cdef Shared* shared = hydrator.shared
-    if hydrator.retry_ticks > 0 or latched(hydrator):
+    if hydrator.retry_ticks > 0 or hydrator.hydrated or latched(hydrator):
         return
     while (hydrator.free_count > hydrator.reserve
             and hydrator.background_fetches < hydrator.background_most

@@ -43,11 +43,11 @@ LOCK = ("fence.py", "fcntl.flock(fd, kind | fcntl.LOCK_NB)", "pass")
 CLAIM = ("base.py", "_OPEN_FLAGS | os.O_EXCL", "_OPEN_FLAGS")
 # What makes lock and claim last: the rings write through the description that carries them.
 RINGS_FD = (
-    "session.py", "self.image.fd, self.base.fd,",
-    'self.image.fd, os.open(f"/proc/self/fd/{self.base.fd}", os.O_RDWR | os.O_DIRECT),',
+    "session.py", "image_fd, self.base.fd,",
+    'image_fd, os.open(f"/proc/self/fd/{self.base.fd}", os.O_RDWR | os.O_DIRECT),',
 )
 # What makes DEL_DEV wait for the hydrator's writes.
-HYDRATORS_UBLKC = ("session.py", "sync_fds[-1], self._ublkc)", "sync_fds[-1], -1)")
+HYDRATORS_UBLKC = ("session.py", "sync_fds[-1], self._ublkc,", "sync_fds[-1], -1,")
 
 
 class Scene:
@@ -126,6 +126,8 @@ def test_add_waits_until_the_writes_of_the_dead_have_landed(scene: Scene) -> Non
     assert device.status()["generation"] == 1
 
 
+# Zero copy keeps the kernel's device, and so the guest's write, until that has landed.
+@pytest.mark.data_paths("copy")
 @pytest.mark.parametrize(
     ("first", "second"),
     [([], [LOCK, CLAIM]), ([RINGS_FD], [])],
