@@ -173,7 +173,7 @@ def test_it_is_started_paused_and_paced_while_it_runs(
     before, uptime = device.stripes()["hydrated"], device.status()["uptime_s"]
     until(lambda: device.status()["uptime_s"] > uptime + 1.5, "time passes")
     assert device.stripes()["hydrated"] == before < STRIPES
-    assert device.hydrate(rate=0)["hydration"]["rate"] is None
+    assert device.hydrate(rate="max")["hydration"]["rate"] is None
     assert hydration(device)["state"] == "paused", "a rate starts nothing"
     device.hydrate(run=True)
     device.wait_until_independent()
@@ -274,7 +274,7 @@ def test_an_image_that_changes_ends_it(
     degraded = device.status()["degraded"]
     assert image.path in degraded
     assert ("size" if change == "shorter" else "change time") in degraded
-    device.hydrate(run=True, rate=0)
+    device.hydrate(run=True, rate="max")
     assert hydration(device)["state"] == "no-image"
     uptime = device.status()["uptime_s"]
     until(lambda: device.status()["uptime_s"] > uptime + 1.2, "time passes")
@@ -352,7 +352,7 @@ def test_guests_beside_the_hydration_of_a_delayed_image(
         using.result()
     assert device.stripes()["hydrated"] < STRIPES
     slow.linear()
-    device.hydrate(rate=0)
+    device.hydrate(rate="max")
     assert_content(device.node, expected, "the disk while it hydrates")
     device.wait_until_independent()
     assert_content(device.node, expected, "the disk")

@@ -118,7 +118,7 @@ def run_disk(ubi, make_image, make_base, seed, way, operations):
         assert counts["count"] > 0 or (kind, way.cache) == ("flush", "writethrough")
 
     if way.hydrate:
-        device.hydrate(rate=0)
+        device.hydrate(rate="max")
         device.wait_until_independent()
     model.check("the disk after the run")
     image.assert_untouched()

@@ -133,7 +133,7 @@ def test_stripes_that_queues_share(
                    for number, cpu in enumerate(placed)]:
         worker.result(60.0)
     assert_content(device.node, expected, "the disk")
-    device.hydrate(rate=0)
+    device.hydrate(rate="max")
     device.wait_until_independent()
     device.reopen(hydrate=None)
     assert_content(device.node, expected, "the disk, reopened")

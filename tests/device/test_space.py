@@ -167,7 +167,7 @@ def test_it_leaves_room_on_the_filesystem_of_the_base(
     write(device, 100 * STRIPE, b"d" * BLOCK)
     assert device.stripes()["hydrated"] == before + 1
 
-    device.hydrate(rate=0)
+    device.hydrate(rate="max")
     filler.unlink()
     device.wait_until_independent()
     expected = bytearray(image.content)

@@ -16,7 +16,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from support.direct import DirectFile
 from support.shell import until
@@ -211,8 +211,10 @@ class Device:
             return False
         return state != "Z"
 
-    def hydrate(self, *, run: bool | None = None, rate: int | None = None) -> dict[str, Any]:
-        """Start or pause background hydration, or set its rate (0: none); the status after it."""
+    def hydrate(
+        self, *, run: bool | None = None, rate: int | Literal["max"] | None = None,
+    ) -> dict[str, Any]:
+        """Start or pause background hydration, or set its rate; the status after it."""
         said = {"run": run, "rate": rate}
         params = {key: value for key, value in said.items() if value is not None}
         answer: dict[str, Any] = self.call("hydrate", params)
