@@ -7,6 +7,8 @@
 # not cached, makes .venv, builds the extension modules in place. Fast and silent when all is there;
 # else one line a step on stderr. Exits with 1, and says why, when something cannot be had.
 #
+# With SETUP_KERNEL=no no kernel is built.
+#
 # Leaves behind
 #   the checkout's root as the current directory, and in ROOT
 #   PYTHON          the venv's Python; .venv/bin is first in PATH, with `ublk-ubi` in it
@@ -88,6 +90,7 @@ install_packages() {
 start_kernel_build() {
     local python=$1 cached='from labkit import kernel
 raise SystemExit(kernel.find(kernel.cache_folder()) is None)'
+    [[ ${SETUP_KERNEL-yes} == yes ]] || return 0
     ! PYTHONPATH=tools "$python" -B -c "$cached" || return 0
     say "building the lab's kernel in the background (some minutes; log: build/kernel.log)"
     mkdir -p build

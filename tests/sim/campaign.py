@@ -7,20 +7,26 @@ import base64
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sim.builder import Build  # noqa: TC002
-from sim.plans import Plan  # noqa: TC002
+from sim.plans import Plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sim.builder import Build
 
 TESTS = Path(__file__).resolve().parents[1]
 BROKEN = re.compile(r"broken invariant: (.*) \(")
 CHUNK = 20
+Variations = list[dict[str, int]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,20 @@ class Finding:
     branch: int = -1
     drawn: int = 0
     features: int = 0
+    plan: Plan = Plan()
+
+    @property
+    def case(self) -> Plan:
+        """The plan that leads to it and nowhere else: one boundary, one branch."""
+        if self.boundary < 0:
+            return self.plan
+        return self.plan.but(only_boundary=self.boundary, only_branch=self.branch)
+
+    @property
+    def command(self) -> str:
+        """What replays it."""
+        plan = shlex.quote(json.dumps(self.case.differences, separators=(",", ":")))
+        return f"tools/simulate --seed {self.seed}" + (f" --plan {plan}" if plan != "'{}'" else "")
 
     def __str__(self) -> str:
         """Return a line for people."""
@@ -47,6 +67,7 @@ class Seen:
     """What workers saw, added up."""
 
     seeds: int = 0
+    runs: int = 0
     crashes: int = 0
     events: int = 0
     media: set[int] = field(default_factory=set)
@@ -66,6 +87,7 @@ class Seen:
     def merge(self, other: Seen) -> None:
         """Add what others saw."""
         self.seeds += other.seeds
+        self.runs += other.runs
         self.crashes += other.crashes
         self.events += other.events
         self.media |= other.media
@@ -95,13 +117,16 @@ class Worker:
                  "PYTHONDONTWRITEBYTECODE": "1"},
         )
         self._seed = -1
+        self._plan = Plan()
         self.alive = True
         self.last: dict[str, Any] = {}
 
-    def run(self, seeds: tuple[int, int], plan: Plan, *, stop: bool = True) -> list[Finding]:
+    def run(self, seeds: tuple[int, int], plan: Plan, *, stop: bool = True,
+            variations: Variations | None = None) -> list[Finding]:
         """Run seeds in [first, end). Raises RuntimeError when the worker itself fails."""
         assert self._process.stdin is not None
-        job = {"seeds": seeds, "plan": asdict(plan), "stop": stop}
+        job = {"seeds": seeds, "plan": asdict(plan), "stop": stop, "variations": variations}
+        self._plan = plan
         try:
             self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
@@ -111,8 +136,8 @@ class Worker:
         if answer is None:
             return [self._death()]
         self.last = answer
-        return [Finding(**{**finding, "detail": tuple(finding["detail"])})
-                for finding in answer["findings"]]
+        return [Finding(plan=plan.but(**finding.pop("changes")), detail=tuple(
+            finding.pop("detail")), **finding) for finding in answer["findings"]]
 
     def end(self) -> dict[str, Any] | None:
         """Let it end; return what it saw."""
@@ -126,11 +151,15 @@ class Worker:
 
     def _answer(self) -> dict[str, Any] | None:
         assert self._process.stdout is not None
+        before = self._plan
         for line in self._process.stdout:
             if line.startswith("seed "):
-                self._seed = int(line[5:])
+                _, seed, changes = line.split(" ", 2)
+                self._seed = int(seed)
+                self._plan = before.but(**json.loads(changes))
             else:
-                return json.loads(line)
+                answer: dict[str, Any] = json.loads(line)
+                return answer
         return None
 
     def _death(self) -> Finding:
@@ -141,7 +170,8 @@ class Worker:
         if status != -signal.SIGABRT:
             raise RuntimeError(f"a worker ended with {status} in seed {self._seed}:\n{errors}")
         broken = BROKEN.search(errors)
-        return Finding(self._seed, f"invariant: {broken[1] if broken else errors.strip()}")
+        return Finding(self._seed, f"invariant: {broken[1] if broken else errors.strip()}",
+                       plan=self._plan)
 
     def _close(self) -> None:
         self.alive = False
@@ -164,56 +194,76 @@ class Worker:
             self._close()
 
 
-def run_seeds(build: Build, seeds: range, plan: Plan, *, jobs: int = 0,
-              environment: dict[str, str] | None = None, most: int = 10) -> Seen:
-    """Run seeds in parallel; after `most` findings no more are begun."""
-    jobs = jobs or os.cpu_count() or 1
-    chunks = [(first, min(first + CHUNK, seeds.stop))
-              for first in range(seeds.start, seeds.stop, CHUNK)]
-    chunks.reverse()
-    seen = Seen()
+@dataclass
+class Campaign:
+    """Seeds to run, by several workers at once."""
 
-    def work(_: int) -> Seen:
+    build: Build
+    seeds: range
+    plan: Plan
+    variations: Variations | None = None
+    jobs: int = 0
+    environment: dict[str, str] | None = None
+    most: int = 10                 # findings after which no more seeds are begun
+    chunk: int = CHUNK
+    progress: Callable[[int], None] = field(default=lambda _: None)
+
+    def run(self) -> Seen:
+        """Run them all."""
+        jobs = self.jobs or os.cpu_count() or 1
+        self._chunks = [(first, min(first + self.chunk, self.seeds.stop))
+                        for first in range(self.seeds.start, self.seeds.stop, self.chunk)]
+        self._chunks.reverse()
+        self._done = self._found = 0
+        seen = Seen()
+        with ThreadPoolExecutor(jobs) as pool:
+            for own in pool.map(lambda _: self._work(), range(jobs)):
+                seen.merge(own)
+        seen.findings.sort(key=lambda finding: finding.seed)
+        return seen
+
+    def _work(self) -> Seen:
         own = Seen()
-        while chunks and len(seen.findings) + len(own.findings) < most:
-            with Worker(build, environment=environment) as worker:
-                _run_chunks(worker, chunks, plan, own, most)
+        while self._chunks and self._found < self.most:
+            with Worker(self.build, environment=self.environment) as worker:
+                self._run_chunks(worker, own)
         return own
 
-    with ThreadPoolExecutor(jobs) as pool:
-        for own in pool.map(work, range(jobs)):
-            seen.merge(own)
-    seen.findings.sort(key=lambda finding: finding.seed)
-    return seen
+    def _run_chunks(self, worker: Worker, own: Seen) -> None:
+        """Take chunks until there are none, or the worker dies; what is left of one goes back."""
+        while self._found < self.most:
+            try:
+                first, end = self._chunks.pop()
+            except IndexError:
+                break
+            findings = worker.run((first, end), self.plan, stop=False, variations=self.variations)
+            own.findings += findings
+            self._found += len(findings)
+            if not worker.alive:
+                died_at = findings[-1].seed
+                self._count(own, died_at + 1 - first)
+                if died_at + 1 < end:
+                    self._chunks.append((died_at + 1, end))
+                return
+            own.runs += worker.last["ran"]
+            self._count(own, end - first)
+        summary = worker.end()
+        if summary is not None:
+            own.add(summary)
+
+    def _count(self, own: Seen, seeds: int) -> None:
+        own.seeds += seeds
+        self._done += seeds
+        self.progress(self._done)
 
 
-def _run_chunks(worker: Worker, chunks: list[tuple[int, int]], plan: Plan, own: Seen,
-                most: int) -> None:
-    """Take chunks until there are none, or the worker dies; what is left of one goes back."""
-    while len(own.findings) < most:
-        try:
-            first, end = chunks.pop()
-        except IndexError:
-            break
-        findings = worker.run((first, end), plan, stop=False)
-        own.findings += findings
-        if not worker.alive:
-            died_at = findings[-1].seed
-            own.seeds += died_at + 1 - first
-            if died_at + 1 < end:
-                chunks.append((died_at + 1, end))
-            return
-        own.seeds += end - first
-    summary = worker.end()
-    if summary is not None:
-        own.add(summary)
-
-
-def first_finding(build: Build, seeds: range, plan: Plan) -> Finding | None:
+def first_finding(build: Build, seeds: range, plan: Plan, *, chunk: int = CHUNK,
+                  variations: Variations | None = None) -> Finding | None:
     """Run seeds one after the other until something is wrong."""
     with Worker(build) as worker:
-        for first in range(seeds.start, seeds.stop, CHUNK):
-            findings = worker.run((first, min(first + CHUNK, seeds.stop)), plan)
+        for first in range(seeds.start, seeds.stop, chunk):
+            findings = worker.run((first, min(first + chunk, seeds.stop)), plan,
+                                  variations=variations)
             if findings:
                 return findings[0]
     return None

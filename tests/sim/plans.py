@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 
 class Feature(enum.IntFlag):
@@ -74,3 +74,16 @@ class Plan:
     def but(self, **changes: int) -> Plan:
         """Return a plan that differs."""
         return replace(self, **changes)
+
+    @property
+    def differences(self) -> dict[str, int]:
+        """What is not as by default."""
+        default = Plan()
+        return {name: value for name, value in asdict(self).items()
+                if value != getattr(default, name)}
+
+
+EVERYDAY = Plan()
+SMALL = Plan(requests=8, small=True)
+# One fault a run; power is lost now and then.
+FAULTY = Plan(requests=12, crash_one_in=16, subsets=2, without=Feature.FAULTS | Feature.SYNC_FAULTS)

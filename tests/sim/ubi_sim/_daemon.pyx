@@ -15,7 +15,7 @@ from ubi_sim._coverage cimport cover_lifecycle
 from ubi_sim._disk cimport disk_evict, disk_forget, disk_land, disk_synced
 from ubi_sim._events cimport any_event
 from ubi_sim._host cimport expected_refusal, host_call, host_options
-from ubi_sim._io cimport io_end, io_fault, io_submit
+from ubi_sim._io cimport host_fault, io_attempt, io_submit
 from ubi_sim._machine cimport machine_boot, machine_hydrator_event, machine_start_engines
 from ubi_sim._model cimport (
     BUG_CLOSE_EARLY, BUG_NO_FENCE_GUEST, BUG_NO_FENCE_PAGE, BUG_NO_FENCE_STRIPE, HANG, MAX_IO,
@@ -30,7 +30,7 @@ from ubi_sim._trace cimport trace_host, trace_number, trace_text
 
 cdef int32_t call_host(World* world, uint8_t call) noexcept nogil:
     """The host's answer; a call that fails has done nothing."""
-    cdef int32_t fault = io_fault(world, ACT_HOST)
+    cdef int32_t fault = host_fault(world)
     if world.trace != NULL:
         trace_host(world, call)
     if fault < 0:
@@ -66,7 +66,10 @@ cdef void run_lifecycle(World* world, uint8_t kind) noexcept nogil:
             boundary(world)
             if halted(world):
                 return
-            event.result = io_end(world, index, io_fault(world, action.kind))
+            while not io_attempt(world, index, &event.result):
+                boundary(world)
+                if halted(world):
+                    return
         boundary(world)
         if halted(world):
             return

@@ -17,6 +17,10 @@ cdef int disk_write(World* world, uint8_t kind, uint32_t first, uint32_t count,
                     const uint32_t* values, const uint8_t* payload) noexcept nogil
 # It lands: as a whole, or (mask) in part.
 cdef void disk_land(World* world, int index, uint16_t mask) noexcept nogil
+# The first `count` of a write that is in flight land alone; the rest is still in flight.
+cdef void disk_land_part(World* world, int index, uint32_t count, bint dsync) noexcept nogil
+# There is room in the log for some writes that land in parts.
+cdef bint disk_has_room(const World* world) noexcept nogil
 cdef void disk_forget(World* world, int index) noexcept nogil
 # A landed data write is durable by itself (RWF_DSYNC).
 cdef void disk_dsync(World* world, int index) noexcept nogil

@@ -1,7 +1,7 @@
 """The model disk; see _disk.pxd."""
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memmove, memset
 
 from ublk_ubi._atomic cimport ensure
 from ubi_sim._model cimport (
@@ -100,6 +100,36 @@ cdef void disk_land(World* world, int index, uint16_t mask) noexcept nogil:
     entry.order = disk.landed
     entry.mask = mask
     to_cache(disk, entry, mask)
+
+
+cdef void disk_land_part(World* world, int index, uint32_t count, bint dsync) noexcept nogil:
+    cdef Disk* disk = &world.disk
+    cdef LogEntry* entry = &disk.log[index]
+    cdef uint8_t* payload = NULL
+    cdef int part
+    ensure(entry.kind == LOG_DATA or entry.kind == LOG_META, b"only these have parts")
+    ensure(entry.order == 0 and count < entry.count, b"a part lands of what is in flight")
+    if entry.payload != NO_PAYLOAD:
+        payload = disk.meta_log[entry.payload]
+    part = disk_write(world, entry.kind, entry.first, count, entry.values, payload)
+    disk_land(world, part, WHOLE)
+    if dsync:
+        disk_dsync(world, part)
+    entry.first += <uint16_t>count
+    entry.count -= <uint16_t>count
+    if entry.kind == LOG_DATA:
+        memmove(entry.values, &entry.values[count], entry.count * sizeof(uint32_t))
+    elif payload != NULL:
+        memmove(payload, payload + count * 512, entry.count * 512)
+
+
+cdef bint disk_has_room(const World* world) noexcept nogil:
+    cdef int i, used = 0, meta_used = 0
+    for i in range(MAX_LOG):
+        used += world.disk.log[i].kind != LOG_FREE
+    for i in range(MAX_META_LOG):
+        meta_used += world.disk.meta_log_used[i]
+    return used < MAX_LOG // 2 and meta_used < MAX_META_LOG // 2
 
 
 cdef LogEntry* oldest(Disk* disk, uint64_t above, uint64_t up_to) noexcept nogil:

@@ -7,13 +7,13 @@ from ublk_ubi._core cimport (
     EVENT_TICK, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES,
 )
 from ubi_sim._disk cimport disk_evict
-from ubi_sim._io cimport io_fault, io_land
+from ubi_sim._io cimport io_land
 from ubi_sim._machine cimport (
     machine_check_idle, machine_complete, machine_hydrator_event, machine_request,
     machine_take_mail,
 )
 from ubi_sim._model cimport (
-    BUG_LOST_DOORBELL, CELLS, HANG, MAX_DEPTH, MAX_IO, MAX_QUEUES, OWNER_NOBODY, WITH_ZEROING,
+    BUG_LOST_DOORBELL, CELLS, HANG, MAX_DEPTH, MAX_IO, MAX_QUEUES, WITH_ZEROING,
     GuestRequest, Mailbox, World, below, boundary, halted, has, next_random, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_may_write, oracle_sent
@@ -115,10 +115,8 @@ cdef bint complete_some(World* world) noexcept nogil:
         return False
     if one_in(world, 6):
         io_land(world, chosen)
-    elif world.io[chosen].owner == OWNER_NOBODY:
-        machine_complete(world, chosen, 0)
     else:
-        machine_complete(world, chosen, io_fault(world, world.io[chosen].action.kind))
+        machine_complete(world, chosen)
     return True
 
 

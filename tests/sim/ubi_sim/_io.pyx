@@ -1,25 +1,24 @@
 """I/O on the model world; see _io.pxd."""
 
-from libc.errno cimport EIO, ENOSPC
+from libc.errno cimport EAGAIN, EIO, ENOSPC
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport (
-    ACT_READ_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, DATA_OFFSET, MEM_PAGE,
+    ACT_HOST, ACT_READ_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, DATA_OFFSET, MEM_PAGE,
     MEM_REQUEST, MEM_SCRATCH, MEM_STRIPE, OP_WRITE, PAGE, Action,
 )
 from ublk_ubi._format cimport SLOT_OFFSET, all_zero
 from ublk_ubi._lifecycle cimport SCRATCH_BYTES
 from ubi_sim._disk cimport (
-    disk_dsync, disk_forget, disk_land, disk_sync_failed, disk_synced, disk_write,
+    disk_dsync, disk_forget, disk_has_room, disk_land, disk_land_part, disk_sync_failed, disk_synced, disk_write,
 )
 from ubi_sim._model cimport (
-    BAD_ACTION, CELL_BYTES, CELLS, IMAGE_VALUE, LOG_CHUNK, LOG_DATA, LOG_META, MAX_IO, META_BYTES,
+    BAD_ACTION, CELL_BYTES, CELLS, IMAGE_VALUE, LOG_CHUNK, LOG_DATA, LOG_META, MAX_IO, MAX_RETRIES, META_BYTES,
     OWNER_HYDRATOR, OWNER_LIFECYCLE, OWNER_NOBODY, STRIPE_BYTES, WHOLE, WITH_FAULTS,
     WITH_SYNC_FAULTS,
-    Faults, GuestRequest, Io, World, has, hot_index, next_random,
-    one_in, violate,
+    Faults, GuestRequest, Io, World, below, has, hot_index, next_random, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_fault, oracle_sync_failed, written_value
 from ubi_sim._trace cimport trace_io, trace_io_end
@@ -185,7 +184,7 @@ cdef int32_t end_read(World* world, Io* io, int32_t fault) noexcept nogil:
     if early & 0x300:
         # All of one kind more often than not.
         early = 0xff if early & 0x100 else 0
-    for i in range(action.length // CELL_BYTES):
+    for i in range(io.done, action.length // CELL_BYTES):
         into[i] = io.values[i] if (early >> i) & 1 else now[i]
     return <int32_t>action.length
 
@@ -196,10 +195,11 @@ cdef void refresh(World* world, Io* io) noexcept nogil:
     if io.owner == OWNER_NOBODY:
         return
     if action.memory == MEM_STRIPE:
-        memcpy(world.disk.log[io.log].values, data_memory(world, io.owner, action),
-               action.length // CELL_BYTES * 4)
+        memcpy(world.disk.log[io.log].values, data_memory(world, io.owner, action) + io.done,
+               (action.length // CELL_BYTES - io.done) * 4)
     elif action.memory == MEM_PAGE:
-        memcpy(world.disk.meta_log[world.disk.log[io.log].payload], meta_memory(world, action), PAGE)
+        memcpy(world.disk.meta_log[world.disk.log[io.log].payload],
+               meta_memory(world, action) + io.done * 512, PAGE - io.done * 512)
 
 
 cdef void io_land(World* world, int index) noexcept nogil:
@@ -270,7 +270,19 @@ cdef int32_t io_end(World* world, int index, int32_t fault) noexcept nogil:
 
 # -- errors --------------------------------------------------------------------------------------
 
+cdef int32_t random_fault(World* world) noexcept nogil:
+    cdef uint32_t choice = below(world, 8)
+    if choice == 0:
+        return -EAGAIN
+    if choice < 3:
+        return FAULT_SHORT
+    if choice == 3:
+        return FAULT_NOTHING
+    return -EIO if choice & 1 else -ENOSPC
+
+
 cdef int32_t io_fault(World* world, uint8_t kind) noexcept nogil:
+    """How an I/O (or host call) of this ActionKind is to fail: -errno or a Fault; 0: not at all."""
     cdef Faults* faults = &world.faults
     # After a failed fdatasync of an opening a second error keeps it from telling the table: as when
     # it dies there (docs/durability.md, the end).
@@ -280,9 +292,72 @@ cdef int32_t io_fault(World* world, uint8_t kind) noexcept nogil:
         faults.nth_seen += 1
         if faults.nth_seen == faults.nth or (
                 faults.nth_for_good and faults.nth_seen > faults.nth):
-            return -faults.nth_errno
+            return faults.nth_errno if faults.nth_errno >= FAULT_SHORT else -faults.nth_errno
     if kind == ACT_SYNC_BASE:
         return -EIO if has(world, WITH_SYNC_FAULTS) and one_in(world, 6) else 0
     if has(world, WITH_FAULTS) and one_in(world, faults.one_in):
-        return -EIO if next_random(world) & 1 else -ENOSPC
+        return random_fault(world)
     return 0
+
+
+cdef int32_t host_fault(World* world) noexcept nogil:
+    cdef int32_t fault = io_fault(world, ACT_HOST)
+    return -EIO if fault >= FAULT_SHORT or fault == -EAGAIN else fault
+
+
+cdef void move_part(World* world, Io* io) noexcept nogil:
+    """Some of it is moved, and the rest is asked for again."""
+    cdef const Action* action = &io.action
+    cdef bint data = action.kind == ACT_READ_IMAGE or action.offset >= DATA_OFFSET
+    cdef uint32_t count = action.length // (CELL_BYTES if data else 512) - io.done
+    cdef uint32_t now[CELLS]
+    cdef uint32_t i
+    if action.length > PAGE and not data or count < 2 or io.landed:
+        return
+    count = 1 + below(world, count - 1)
+    if action.kind == ACT_WRITE_BASE:
+        refresh(world, io)
+        if disk_has_room(world):
+            disk_land_part(world, io.log, count, action.dsync)
+            io.done += <uint8_t>count
+    elif data:
+        read_data(world, io, now)
+        for i in range(count):
+            data_memory(world, io.owner, action)[io.done + i] = now[io.done + i]
+        io.done += <uint8_t>count
+        memcpy(io.values, now, sizeof(now))
+
+
+cdef bint goes_on(World* world, Io* io, int32_t fault) noexcept nogil:
+    """As _ring does: EAGAIN is tried again for a while, a short transfer is continued."""
+    if fault == -EAGAIN:
+        if io.retries == MAX_RETRIES:
+            return False
+        io.retries += 1
+        io.sync_order = world.disk.landed
+    elif fault == FAULT_SHORT:
+        if io.retries == MAX_RETRIES or io.action.kind == ACT_SYNC_BASE:
+            return False
+        io.retries += 1
+        move_part(world, io)
+    else:
+        return False
+    if world.trace != NULL:
+        trace_io_end(world, io.owner, &io.action, io.done, b"goes on")
+    return True
+
+
+cdef bint io_attempt(World* world, int index, int32_t* result) noexcept nogil:
+    cdef Io* io = &world.io[index]
+    cdef int32_t fault = 0
+    if io.owner != OWNER_NOBODY:
+        fault = io_fault(world, io.action.kind)
+    if goes_on(world, io, fault):
+        return False
+    if fault == FAULT_SHORT:
+        # Short as it is, it has moved all by now.
+        fault = 0
+    elif fault == FAULT_NOTHING or fault == -EAGAIN:
+        fault = -EIO
+    result[0] = io_end(world, index, fault)
+    return True

@@ -6,7 +6,7 @@
   nothing is left of it.
 """
 
-from libc.stdint cimport int32_t, uint8_t, uint16_t
+from libc.stdint cimport uint8_t, uint16_t
 
 from ublk_ubi._core cimport Event
 from ubi_sim._model cimport World
@@ -18,8 +18,8 @@ cdef void machine_start_engines(World* world) noexcept nogil
 cdef void machine_queue_event(World* world, uint16_t queue, const Event* event) noexcept nogil
 # START, STOP or TICK.
 cdef void machine_hydrator_event(World* world, uint8_t kind) noexcept nogil
-# End an I/O (fault: -errno, or 0) and tell its owner.
-cdef void machine_complete(World* world, int index, int32_t fault) noexcept nogil
+# An I/O ends, well or not, and its owner is told; or it goes on.
+cdef void machine_complete(World* world, int index) noexcept nogil
 # Send world.guests[queue][tag] to its queue.
 cdef void machine_request(World* world, uint16_t queue, uint16_t tag) noexcept nogil
 # One message of box 0, 1 (to the hydrator) or 2, 3 (to a queue) whose bell rang.

@@ -12,11 +12,11 @@ from ublk_ubi._hydrator cimport ROUND_IDLE, Hydrator, HydratorMemory, hydrator_i
 from ublk_ubi._lifecycle cimport lifecycle_states
 from ublk_ubi._queue cimport queue_init, queue_step
 from ubi_sim._coverage cimport cover_hydrator, cover_queue
-from ubi_sim._io cimport io_end, io_submit
+from ubi_sim._io cimport io_attempt, io_submit
 from ubi_sim._model cimport (
     BUCKETS, CELL_BYTES, CELLS, COUNTS, LEAK, MAX_ACTIONS, MAX_IO, MAX_MAIL, MAX_QUEUES,
     OWNER_HYDRATOR, OWNER_NOBODY, STALE_VALUE, STRIPE_BYTES, WITH_COPY_ON_READ, Engines,
-    GuestRequest, Io, Mail, Mailbox, World, boundary, has, here, one_in, violate,
+    GuestRequest, Io, Mail, Mailbox, World, boundary, halted, has, here, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_completed
 from ubi_sim._trace cimport trace_end, trace_request, trace_sent, trace_taken
@@ -112,7 +112,7 @@ cdef void run_actions(World* world, uint8_t owner, const Actions* actions) noexc
     for i in range(actions.count):
         if i > 0:
             boundary(world)
-            if world.cut:
+            if halted(world):
                 return
         action = &actions.items[i]
         if action.kind == ACT_SEND:
@@ -167,14 +167,15 @@ cdef void machine_hydrator_event(World* world, uint8_t kind) noexcept nogil:
     hydrator_event(world, &event)
 
 
-cdef void machine_complete(World* world, int index, int32_t fault) noexcept nogil:
+cdef void machine_complete(World* world, int index) noexcept nogil:
     cdef const Io* io = &world.io[index]
     cdef uint8_t owner = io.owner
     cdef Event event
     memset(&event, 0, sizeof(event))
     event.kind = EVENT_DONE
     event.token = io.action.token
-    event.result = io_end(world, index, fault)
+    if not io_attempt(world, index, &event.result):
+        return
     if owner == OWNER_HYDRATOR:
         hydrator_event(world, &event)
     elif owner < MAX_QUEUES:

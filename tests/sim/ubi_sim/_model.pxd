@@ -41,6 +41,7 @@ cdef enum:
     MAX_META_LOG = 12              # … of them those to metadata
     MAX_IO = 40
     MAX_MAIL = 32
+    MAX_RETRIES = 3                # of an I/O that is told EAGAIN
     MAX_HISTORY = 8
     MAX_CANDIDATES = 18
     MAX_OVERLAP = 2                # writes to one cell at once, and in a row of such
@@ -147,6 +148,8 @@ cdef struct Io:
     uint8_t busy
     uint8_t landed                 # a write that is on the cache and has not ended
     uint8_t log                    # a write's entry
+    uint8_t done                   # cells or sectors that a short transfer has moved
+    uint8_t retries
 
 cdef enum:
     OWNER_HYDRATOR = 2

@@ -20,6 +20,6 @@ cdef struct Plan:
     uint8_t small                  # ≤ 3 stripes; all subsets of ≤ 10 pending writes
     uint8_t blind                  # look from outside alone, not at the engines' counts
     uint8_t bug                    # WorldBug
-    int32_t nth_errno
+    int32_t nth_errno              # or a Fault of _io.pxd
 
 cdef void make_world(World* world, const Plan* plan, uint64_t seed) noexcept nogil
