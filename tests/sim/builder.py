@@ -28,6 +28,7 @@ SIMULATOR = (
 MODULES = tuple(f"ublk_ubi/{name}" for name in ENGINES) + tuple(
     f"ubi_sim/{name}" for name in SIMULATOR
 )
+RECIPE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 DIRECTIVES = ("language_level=3", "boundscheck=False", "wraparound=False", "cdivision=True",
               "initializedcheck=False")
 
@@ -118,15 +119,16 @@ def _module(name: str, text: str, shared: dict[str, str], *, lines: bool, builds
     package = name.partition("/")[0]
     needed = {path: source for path, source in shared.items()
               if package == "ubi_sim" or path.startswith("ublk_ubi/")}
-    flags = ("-O0", "--coverage") if lines and package == "ublk_ubi" else ("-O2",)
-    final = builds / "modules" / _key((name, text, flags, sys.version, sorted(needed.items())))
+    flags = ("-O0", "--coverage") if lines and package == "ublk_ubi" else ("-O1",)
+    final = builds / "modules" / _key((name, text, flags, RECIPE, sys.version,
+                                       sorted(needed.items())))
     if final.is_dir():
         return final
     work = _work_folder(final)
     for path, source in (*needed.items(), (f"{name}.pyx", text)):
         (work / path).parent.mkdir(parents=True, exist_ok=True)
         (work / path).write_text(source)
-    _compile(work, name, flags, lines=lines)
+    _compile(work, name, flags)
     _put_in_place(work, final)
     return final
 
@@ -144,14 +146,13 @@ def _put_in_place(work: Path, final: Path) -> None:
         shutil.rmtree(work)  # another was faster
 
 
-def _compile(work: Path, name: str, flags: tuple[str, ...], *, lines: bool) -> None:
+def _compile(work: Path, name: str, flags: tuple[str, ...]) -> None:
     """Make `name`.so, and beside it what gcov needs."""
     _run([sys.executable, "-m", "cython", *(f"-X{item}" for item in DIRECTIVES), "-3", "-I", ".",
-          *(["--line-directives"] if lines else []), "--module-name", name.replace("/", "."),
-          f"{name}.pyx"], work)
+          "--module-name", name.replace("/", "."), f"{name}.pyx"], work)
     include = sysconfig.get_paths()["include"]
     compiler = os.environ.get("CC", "gcc")
-    _run([compiler, "-c", "-fPIC", "-g", *flags, "-fno-strict-aliasing", f"-I{include}",
+    _run([compiler, "-c", "-fPIC", *flags, "-fno-strict-aliasing", f"-I{include}",
           "-Iublk_ubi", f"{name}.c", "-o", f"{name}.o"], work)
     _run([compiler, "-shared", *flags, f"{name}.o", "-o", f"{name}.so"], work)
 

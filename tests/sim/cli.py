@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-from sim import sweeps
+from sim import pairs, sweeps
 from sim.builder import Build, Variant, build
 from sim.campaign import Campaign, Finding, Seen
 from sim.hunt import Verdict, hunt
+from sim.lines import Lines, counting
 from sim.mutants import MUTANTS, Mutant
 from sim.output import Output, Progress, of_finding
 from sim.plans import EVERYDAY, Plan
@@ -25,7 +26,9 @@ USAGE = 2
 BROKEN = 3
 SEEDS = 1000
 MUTANT_SEEDS = 150
-TRACE_LINES = 120
+# What a thousand seeds must show.
+STATES_MIN = 200_000
+LINES_MIN_PERCENT = 95
 
 EPILOG = """\
 A seed is a world: a disk with a volatile cache, guests, two hosts, faults. It is run to its end, and
@@ -127,20 +130,52 @@ def _tell_seen(output: Output, seen: Seen, began: float) -> None:
                process_crash_states=len(seen.processes), seconds=round(took, 2))
 
 
+def _tell_coverage(output: Output, seen: Seen, lines: Lines) -> None:
+    """What must have been seen is asked of a thousand seeds; of fewer it is told."""
+    enough = seen.seeds >= SEEDS
+    states = len(seen.media) + len(seen.processes)
+    output.check(f"{states:,} distinct crash states", good=not enough or states >= STATES_MIN)
+    output.check(f"engine lines covered: {lines.covered} of {lines.total}, {lines.percent:.1f} %",
+                 good=not enough or lines.percent >= LINES_MIN_PERCENT)
+    for name, number, text in lines.missing():
+        output.line(f"      {name}:{number}: {text}")
+    missing, illegal = pairs.missing(seen.pairs), pairs.illegal(seen.pairs)
+    output.check(f"state x event pairs covered: {len(pairs.LEGAL) - len(missing)} of"
+                 f" {len(pairs.LEGAL)}", good=not illegal and not (enough and missing))
+    for name in missing:
+        output.line(f"      not seen: {name}")
+    for index in illegal:
+        output.line(f"      seen, and not legal: {index} (tests/sim/ubi_sim/_coverage.pxd)")
+    output.put(lines_covered=lines.covered, lines=lines.total, pairs=len(pairs.LEGAL),
+               pairs_missing=missing, lines_missing=[f"{name}:{number}" for name, number, _ in
+                                                     lines.missing()])
+
+
 def run_seeds(output: Output, words: argparse.Namespace) -> None:
-    """--seeds, --faults, --small."""
-    made = _built(words)
-    count = words.faults or words.small or words.seeds or SEEDS
+    """--seeds: one in ten of them in the build that counts lines."""
+    count = SEEDS if words.seeds is None else words.seeds
     seeds = range(words.first, words.first + count)
+    counted = range(seeds.start, seeds.start + count // 10)
     progress = Progress("seeds", count)
+    with counting() as counter:
+        made = _built(words)
+        began = time.monotonic()
+        seen = Campaign(counter.build, counted, _planned(words), jobs=words.jobs,
+                        environment=counter.environment).run()
+        seen.merge(Campaign(made, range(counted.stop, seeds.stop), _planned(words),
+                            jobs=words.jobs, progress=progress).run())
+        _tell_seen(output, seen, began)
+        _tell_coverage(output, seen, counter.lines())
+
+
+def run_sweep(output: Output, words: argparse.Namespace) -> None:
+    """--faults, --small."""
+    made = _built(words)
+    count = words.small if words.faults is None else words.faults
+    seeds = range(words.first, words.first + count)
+    sweep = sweeps.small_worlds if words.faults is None else sweeps.nth_faults
     began = time.monotonic()
-    if words.faults:
-        seen = sweeps.nth_faults(made, seeds, progress)
-    elif words.small:
-        seen = sweeps.small_worlds(made, seeds, progress)
-    else:
-        seen = Campaign(made, seeds, _planned(words), jobs=words.jobs, progress=progress).run()
-    _tell_seen(output, seen, began)
+    _tell_seen(output, sweep(made, seeds, Progress("seeds", count)), began)
 
 
 # -- one seed ------------------------------------------------------------------------------------
@@ -163,7 +198,8 @@ def run_seed(output: Output, words: argparse.Namespace) -> None:
         output.check(str(finding), good=False)
         if not words.no_shrink:
             finding = Shrinker(made, finding).shrink()
-            output.line(f"   shrunk: {finding}")
+            requests = finding.plan.requests - finding.plan.skipped.bit_count()
+            output.line(f"   shrunk to {requests} requests: {finding}")
             result = replay(made, words.seed, finding.case)
         output.line(f"      {finding.command}")
         output.put(violations=[of_finding(finding)])
@@ -231,6 +267,8 @@ def main(words: Sequence[str] | None = None) -> int:
             run_mutants(output, chosen)
         elif chosen.seed is not None:
             run_seed(output, chosen)
+        elif chosen.faults is not None or chosen.small is not None:
+            run_sweep(output, chosen)
         else:
             run_seeds(output, chosen)
     except (RuntimeError, ValueError, OSError) as error:

@@ -7,7 +7,7 @@ from ublk_ubi._atomic cimport ensure
 from ubi_sim._model cimport (
     CHUNKS, LOG_CHUNK, LOG_DATA, LOG_FREE, LOG_META, MAX_LOG, MAX_META_LOG, META_BYTES,
     NO_PAYLOAD, SLOT_SECTOR, SYNC_FILES, WHOLE, WITH_TORN_SLOTS, Disk, LogEntry, World, below, has,
-    next_random,
+    next_random, one_in,
 )
 
 
@@ -187,9 +187,11 @@ cdef void disk_sync_failed(World* world, uint64_t order, int reporter) noexcept 
             to_medium(disk, entry, entry.mask & <uint16_t>next_random(world))
             disk_forget(world, <int>(entry - disk.log))
         entry = oldest(disk, above, order)
-    for i in range(SYNC_FILES):
-        if i != reporter:
-            disk.error_pending[i] = 1
+    # A lost page is told to every open file, once; a flush that the disk failed to who asked for it.
+    if not one_in(world, 3):
+        for i in range(SYNC_FILES):
+            if i != reporter:
+                disk.error_pending[i] = 1
 
 
 cdef void disk_evict(World* world) noexcept nogil:

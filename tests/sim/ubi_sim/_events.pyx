@@ -1,6 +1,6 @@
 """Events in random order; see _events.pxd."""
 
-from libc.stdint cimport uint16_t, uint32_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memset
 
 from ublk_ubi._core cimport (
@@ -13,8 +13,8 @@ from ubi_sim._machine cimport (
     machine_take_mail,
 )
 from ubi_sim._model cimport (
-    BUG_LOST_DOORBELL, CELLS, HANG, MAX_DEPTH, MAX_IO, MAX_QUEUES, WITH_ZEROING,
-    GuestRequest, Mailbox, World, below, boundary, halted, has, next_random, one_in, violate,
+    BUG_LOST_DOORBELL, CELLS, HANG, MAX_DEPTH, MAX_IO, MAX_QUEUES, OWNER_NOBODY,
+    WITH_SYNC_FAULTS, WITH_ZEROING, GuestRequest, Mailbox, World, below, boundary, halted, has, next_random, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_may_write, oracle_sent
 from ubi_sim._trace cimport trace_number, trace_text
@@ -34,10 +34,10 @@ cdef void draw_request(World* world, GuestRequest* guest) noexcept nogil:
     cdef uint32_t stripe = below(world, world.geometry.hot_count)
     cdef uint32_t cells, shape
     memset(guest, 0, sizeof(GuestRequest))
-    if choice < 3:
+    if choice < 3 or (choice < 7 and has(world, WITH_SYNC_FAULTS)):
         guest.op = OP_FLUSH
         return
-    guest.op = OP_READ if choice < 7 else OP_WRITE
+    guest.op = OP_READ if choice < 8 else OP_WRITE
     if zeroing < 2 and has(world, WITH_ZEROING):
         guest.op = OP_DISCARD if zeroing else OP_WRITE_ZEROES
     guest.fua = guest.op == OP_WRITE and one_in(world, 4)
@@ -109,7 +109,8 @@ cdef bint complete_some(World* world) noexcept nogil:
     cdef int chosen = pick_io(world)
     cdef int attempt
     for attempt in range(3):
-        if chosen >= 0 and world.io[chosen].action.kind == world.pace.slow:
+        if chosen >= 0 and (world.io[chosen].action.kind == world.pace.slow
+                            or world.io[chosen].owner == OWNER_NOBODY):
             chosen = pick_io(world)
     if chosen < 0:
         return False
@@ -180,6 +181,15 @@ cdef bint rare_event(World* world) noexcept nogil:
     return True
 
 
+cdef bint stands_still(World* world) noexcept nogil:
+    if world.stalled > 0:
+        world.stalled -= 1
+        return True
+    if world.pace.stalls and one_in(world, 32):
+        world.stalled = <uint8_t>(4 + below(world, 16))
+    return False
+
+
 cdef bint any_event(World* world, bint requests) noexcept nogil:
     cdef uint32_t choice
     boundary(world)
@@ -194,6 +204,8 @@ cdef bint any_event(World* world, bint requests) noexcept nogil:
         return not halted(world)
     choice = below(world, world.pace.mail + world.pace.io + world.pace.request)
     requests = requests and world.requests_left > 0
+    if stands_still(world) and ((requests and send_request(world)) or take_some_mail(world)):
+        return not halted(world)
     if choice >= world.pace.mail + world.pace.io and requests and send_request(world):
         return not halted(world)
     if choice < world.pace.mail and take_some_mail(world):

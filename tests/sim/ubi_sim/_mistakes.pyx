@@ -206,6 +206,9 @@ cdef uint8_t mistake_on_table(World* world, LifecycleOptions* options) noexcept 
 cdef uint8_t choose(World* world, LifecycleOptions* options) noexcept nogil:
     """Change world or options; the Refusal that must follow, or none if nothing was changed."""
     if not has_magic(world):
+        if expected_refusal(world) != REFUSE_NOTHING:
+            # Torn as it was made: it is foreign before its size is looked at.
+            return REFUSE_NOTHING
         return mistake_on_blank(world, options)
     if slots_zero(world):
         return mistake_on_adoptable(world, options)

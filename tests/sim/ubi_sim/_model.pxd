@@ -252,6 +252,7 @@ cdef struct Pace:
     uint8_t mail
     uint8_t io
     uint8_t slow                   # an ActionKind that is mostly passed over
+    uint8_t stalls                 # at times no I/O ends while anything else can happen
     uint8_t focus                  # the hot stripe that half of the requests go to
 
 cdef struct Faults:
@@ -298,6 +299,7 @@ cdef struct World:
     uint8_t bug                    # WorldBug
     uint8_t blind                  # the engines' own counts are not looked at
     uint8_t violation
+    uint8_t stalled                # events for which the disk stands still
     uint8_t quiet                  # no faults any more
     uint8_t cut                    # a crash is due: unwind
     uint8_t over                   # nothing more can be done with this base

@@ -22,7 +22,7 @@ cdef uint32_t draw(World* world, uint32_t feature, uint32_t bound) noexcept nogi
 cdef uint32_t draw_features(World* world) noexcept nogil:
     """Independent of the plan: taking one away leaves the rest as it was."""
     cdef uint32_t features = draw(world, WITH_FAULTS, 4)
-    features |= draw(world, WITH_SYNC_FAULTS, 6)
+    features |= draw(world, WITH_SYNC_FAULTS, 4)
     features |= draw(world, WITH_CHAINS, 1)
     features |= draw(world, WITH_MISTAKES, 2)
     features |= draw(world, WITH_MOVES, 3)
@@ -90,10 +90,19 @@ cdef void add_hot(Geometry* g, uint32_t stripe) noexcept nogil:
 
 cdef void make_pace(World* world) noexcept nogil:
     cdef uint8_t[6] kinds = [0, 0, ACT_READ_IMAGE, ACT_READ_BASE, ACT_WRITE_BASE, ACT_SYNC_BASE]
+    cdef uint32_t burst = below(world, 4)
+    cdef uint32_t slow_sync = below(world, 2)
     world.pace.request = <uint8_t>(1 + below(world, 8))
+    if burst == 0:
+        # Every tag is in use, always, and the disk stands still at times.
+        world.pace.request = 64
+        world.pace.stalls = 1
     world.pace.mail = <uint8_t>(1 + below(world, 8))
     world.pace.io = <uint8_t>(2 + below(world, 8))
     world.pace.slow = kinds[below(world, 6)]
+    if slow_sync and has(world, WITH_SYNC_FAULTS):
+        # Queues and hydrator at it at once: whose failure does the other see?
+        world.pace.slow = ACT_SYNC_BASE
     world.pace.focus = <uint8_t>below(world, world.geometry.hot_count)
 
 
