@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sim.plans import Plan
+from sim.plans import EVERYDAY, Plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,7 @@ class Finding:
     branch: int = -1
     drawn: int = 0
     features: int = 0
-    plan: Plan = Plan()
+    plan: Plan = EVERYDAY
 
     @property
     def case(self) -> Plan:
@@ -117,7 +117,7 @@ class Worker:
                  "PYTHONDONTWRITEBYTECODE": "1"},
         )
         self._seed = -1
-        self._plan = Plan()
+        self._plan = EVERYDAY
         self.alive = True
         self.last: dict[str, Any] = {}
 

@@ -31,13 +31,13 @@ STATES_MIN = 200_000
 LINES_MIN_PERCENT = 95
 
 EPILOG = """\
-A seed is a world: a disk with a volatile cache, guests, two hosts, faults. It is run to its end, and
-at every boundary between two actions it is crashed in several ways, opened again, and read. What is
-read is checked by an oracle that knows requests and crashes alone (docs/simulation.md).
+A seed is a world: a disk with a volatile cache, guests, two hosts, faults. It is run to its end,
+and at every boundary between two actions it is crashed in several ways, opened again, and read.
+What is read is checked by an oracle that knows requests and crashes alone (docs/simulation.md).
 
 examples:
-  tools/simulate --seeds 1000             0 violations, and what was seen: crash states, lines, pairs
-  tools/simulate --seed 17                one seed; a violation is shrunk, and printed with its trace
+  tools/simulate --seeds 1000             0 violations; crash states, lines and pairs that were seen
+  tools/simulate --seed 17                one seed; a violation is shrunk, and traced
   tools/simulate --seed 17 --trace        its trace, whatever it does
   tools/simulate --faults 5               the 1st, 2nd, ... I/O of each kind fails, in five worlds
   tools/simulate --small 20               small worlds: every subset of the pending writes
@@ -97,7 +97,8 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--plan", type=_plan, default=EVERYDAY, metavar="JSON",
                        help="what a run is besides its seed, as a violation prints it")
     words.add_argument("--mutant", type=_mutant, metavar="NAME", help="with a bug planted")
-    words.add_argument("--only", default="", metavar="TEXT", help="planted bugs with TEXT in their name")
+    words.add_argument("--only", default="", metavar="TEXT",
+                       help="planted bugs with TEXT in their name")
     words.add_argument("--limit", type=_number, default=MUTANT_SEEDS, metavar="N",
                        help=f"seeds that a planted bug is given: {MUTANT_SEEDS}")
     words.add_argument("--list", action="store_true", help="list the planted bugs")
@@ -126,8 +127,9 @@ def _tell_seen(output: Output, seen: Seen, began: float) -> None:
     output.line(f"   {len(seen.media):,} distinct crash states on the medium (power loss),"
                 f" {len(seen.processes):,} of medium, cache and table (killed process)")
     output.put(seeds=seen.seeds, runs=seen.runs, crashes=seen.crashes, events=seen.events,
-               crash_states=len(seen.media) + len(seen.processes), power_loss_states=len(seen.media),
-               process_crash_states=len(seen.processes), seconds=round(took, 2))
+               crash_states=len(seen.media) + len(seen.processes),
+               power_loss_states=len(seen.media), process_crash_states=len(seen.processes),
+               seconds=round(took, 2))
 
 
 def _tell_coverage(output: Output, seen: Seen, lines: Lines) -> None:
@@ -244,8 +246,8 @@ def run_mutants(output: Output, words: argparse.Namespace) -> None:
     killed = sum(verdict.finding is not None for verdict in bugs)
     harmless = [verdict for verdict in verdicts if verdict.mutant.survives]
     output.check(f"planted {len(bugs)}, killed {killed}", good=killed == len(bugs))
-    output.line(f"   {sum(verdict.good for verdict in harmless)} of {len(harmless)} harmless changes"
-                f" survive")
+    output.line(f"   {sum(verdict.good for verdict in harmless)} of {len(harmless)} harmless"
+                f" changes survive")
     last = max((verdict.finding.seed for verdict in bugs if verdict.finding), default=0)
     clean = Campaign(build(), seeds, EVERYDAY.but(blind=True), jobs=words.jobs).run()
     output.check(f"without them the same {len(seeds)} seeds have {len(clean.findings)} violations"

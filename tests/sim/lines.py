@@ -1,7 +1,7 @@
 """Which lines of the engines ran: gcov's counts in a build of its own.
 
-A worker of that build writes its counts when it ends. gcov tells them by lines of C; which line of an
-engine each belongs to is said by the comment that Cython puts before every statement.
+A worker of that build writes its counts when it ends. gcov tells them by lines of C; which line of
+an engine each belongs to is said by the comment that Cython puts before every statement.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small dose of tools/simulate --mutants; and all planted bugs still have a place to be planted."""
+"""A small dose of tools/simulate --mutants; every planted bug still has its place."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ PROGRAMS = Path(sys.executable).parent
 LINTERS = {
     "ruff": ["ruff", "check", "--quiet", "--output-format=concise", "."],
     "mypy": ["mypy", "--no-error-summary"],
-    "cython-lint": ["cython-lint", "cython/ublk_ubi"],
+    "cython-lint": ["cython-lint", "cython/ublk_ubi", "tests/sim/ubi_sim"],
 }
 
 

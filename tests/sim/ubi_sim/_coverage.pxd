@@ -76,7 +76,7 @@ cdef enum:
     # A lifecycle's phase (rows: Phase) and how its action ended (columns: well, or not).
     AT_PHASE = 320                 # 35 × 2
 
-    # Opening a disk of ours: closed, open here, open elsewhere (rows) and the table found (columns).
+    # Opening a disk of ours: closed, open here, open elsewhere (rows), the table found (columns).
     AT_TABLE = 400                 # 3 × 7
     FOUND_NONE = 0
     FOUND_VALID = 1

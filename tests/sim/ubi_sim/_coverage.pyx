@@ -5,8 +5,8 @@ from libc.string cimport memcmp
 
 from ublk_ubi._core cimport (
     CLAIMED, EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST, EVENT_STOP, EVENT_TICK, IN_ROUND, MSG_CLAIM,
-    MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN, OP_FLUSH, OP_READ, OP_WRITE, OVERWRITING,
-    PRESENT, QUEUED, STATE_MASK, WANTED, Event, stripe_state,
+    MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN, OP_FLUSH, OP_READ, OP_WRITE,
+    OVERWRITING, PRESENT, QUEUED, STATE_MASK, WANTED, Event, stripe_state,
 )
 from ublk_ubi._format cimport FLAG_OPEN
 from ublk_ubi._hydrator cimport FETCH_READ, PAGE_WINDOW, Hydrator

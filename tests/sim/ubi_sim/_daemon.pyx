@@ -8,8 +8,8 @@ from ublk_ubi._core cimport (
     MEM_REQUEST, MEM_STRIPE, Action, Actions, Event,
 )
 from ublk_ubi._lifecycle cimport (
-    PHASE_CLOSED, PHASE_FAILED, PHASE_OPEN,
-    REFUSE_DAMAGED, REFUSE_FOREIGN, REFUSE_IO, REFUSE_NOTHING, LifecycleOptions, lifecycle_init, lifecycle_step,
+    PHASE_CLOSED, PHASE_FAILED, PHASE_OPEN, REFUSE_DAMAGED, REFUSE_FOREIGN, REFUSE_IO,
+    REFUSE_NOTHING, LifecycleOptions, lifecycle_init, lifecycle_step,
 )
 from ubi_sim._coverage cimport cover_lifecycle
 from ubi_sim._disk cimport disk_evict, disk_forget, disk_land, disk_synced
@@ -19,8 +19,8 @@ from ubi_sim._io cimport host_fault, io_attempt, io_submit
 from ubi_sim._machine cimport machine_boot, machine_hydrator_event, machine_start_engines
 from ubi_sim._model cimport (
     BUG_CLOSE_EARLY, BUG_NO_FENCE_GUEST, BUG_NO_FENCE_PAGE, BUG_NO_FENCE_STRIPE, HANG, MAX_IO,
-    NOT_KEPT, NOT_REFUSED, NOT_STARTED, OWNER_LIFECYCLE, OWNER_NOBODY, REFUSED, WHOLE, Io, World, below,
-    boundary, halted, here, next_random, one_in, violate,
+    NOT_KEPT, NOT_REFUSED, NOT_STARTED, OWNER_LIFECYCLE, OWNER_NOBODY, REFUSED, WHOLE, Io, World,
+    below, boundary, halted, here, next_random, violate,
 )
 from ubi_sim._oracle cimport oracle_clean_stop, oracle_fault, oracle_power_loss
 from ubi_sim._trace cimport trace_host, trace_number, trace_text
@@ -146,8 +146,8 @@ cdef bint up_without_quiet(World* world) noexcept nogil:
     cdef uint8_t expected, forced = REFUSE_NOTHING
     cdef uint64_t landed, began
     cdef bint live
-    cdef int attempt
-    for attempt in range(4):
+    cdef int _attempt
+    for _attempt in range(4):
         if world.accepted:
             operator_accepts(world)
             world.accepted = 0

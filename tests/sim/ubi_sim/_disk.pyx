@@ -5,9 +5,9 @@ from libc.string cimport memcpy, memmove, memset
 
 from ublk_ubi._atomic cimport ensure
 from ubi_sim._model cimport (
-    CHUNKS, LOG_CHUNK, LOG_DATA, LOG_FREE, LOG_META, MAX_LOG, MAX_META_LOG, META_BYTES,
-    NO_PAYLOAD, SLOT_SECTOR, SYNC_FILES, WHOLE, WITH_TORN_SLOTS, Disk, LogEntry, World, below, has,
-    next_random, one_in,
+    CHUNKS, LOG_CHUNK, LOG_DATA, LOG_FREE, LOG_META, MAX_LOG, MAX_META_LOG, META_BYTES, NO_PAYLOAD,
+    SLOT_SECTOR, SYNC_FILES, WHOLE, WITH_TORN_SLOTS, Disk, LogEntry, World, below, has, next_random,
+    one_in,
 )
 
 
@@ -176,7 +176,7 @@ cdef void disk_dsync(World* world, int index) noexcept nogil:
 
 
 cdef void disk_sync_failed(World* world, uint64_t order, int reporter) noexcept nogil:
-    """Half of it is dropped: some parts reached the medium first, the rest is in the cache alone."""
+    """Half of it is dropped: some parts reached the medium, the rest is in the cache alone."""
     cdef Disk* disk = &world.disk
     cdef uint64_t above = 0
     cdef LogEntry* entry = oldest(disk, above, order)
@@ -187,7 +187,7 @@ cdef void disk_sync_failed(World* world, uint64_t order, int reporter) noexcept 
             to_medium(disk, entry, entry.mask & <uint16_t>next_random(world))
             disk_forget(world, <int>(entry - disk.log))
         entry = oldest(disk, above, order)
-    # A lost page is told to every open file, once; a flush that the disk failed to who asked for it.
+    # A lost page is told to every open file once; a flush that the disk failed, to who asked.
     if not one_in(world, 3):
         for i in range(SYNC_FILES):
             if i != reporter:

@@ -13,8 +13,8 @@ from ubi_sim._machine cimport (
     machine_take_mail,
 )
 from ubi_sim._model cimport (
-    BUG_LOST_DOORBELL, CELLS, HANG, MAX_DEPTH, MAX_IO, MAX_QUEUES, OWNER_NOBODY,
-    WITH_SYNC_FAULTS, WITH_ZEROING, GuestRequest, Mailbox, World, below, boundary, halted, has, next_random, one_in, violate,
+    BUG_LOST_DOORBELL, CELLS, HANG, MAX_DEPTH, MAX_IO, MAX_QUEUES, OWNER_NOBODY, WITH_SYNC_FAULTS,
+    WITH_ZEROING, GuestRequest, Mailbox, World, below, boundary, halted, has, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_may_write, oracle_sent
 from ubi_sim._trace cimport trace_number, trace_text
@@ -107,8 +107,8 @@ cdef int pick_io(World* world) noexcept nogil:
 cdef bint complete_some(World* world) noexcept nogil:
     """End a random I/O in flight, or let it land."""
     cdef int chosen = pick_io(world)
-    cdef int attempt
-    for attempt in range(3):
+    cdef int _attempt
+    for _attempt in range(3):
         if chosen >= 0 and (world.io[chosen].action.kind == world.pace.slow
                             or world.io[chosen].owner == OWNER_NOBODY):
             chosen = pick_io(world)
@@ -151,8 +151,8 @@ cdef void tick(World* world) noexcept nogil:
 
 cdef bint time_passes(World* world) noexcept nogil:
     """Mail whose doorbell was lost, the tick's commit: is there still something to come?"""
-    cdef int attempt
-    for attempt in range(2):
+    cdef int _attempt
+    for _attempt in range(2):
         tick(world)
         if halted(world):
             return False
@@ -162,8 +162,8 @@ cdef bint time_passes(World* world) noexcept nogil:
 
 
 cdef bint send_some(World* world) noexcept nogil:
-    cdef int attempt
-    for attempt in range(16):
+    cdef int _attempt
+    for _attempt in range(16):
         if send_request(world):
             return True
     return False
@@ -247,11 +247,11 @@ cdef void settle(World* world) noexcept nogil:
 
 cdef void read_all(World* world) noexcept nogil:
     cdef GuestRequest* guest = &world.guests[0][0]
-    cdef int pass_
+    cdef int _pass
     cdef uint16_t i
     if world.trace != NULL:
         trace_number(world, b"all %llu stripes are read, twice", world.geometry.hot_count)
-    for pass_ in range(2):
+    for _pass in range(2):
         for i in range(world.geometry.hot_count):
             if halted(world) or guest.busy:
                 return

@@ -13,8 +13,8 @@ from ubi_sim._host cimport host_boot
 from ubi_sim._mistakes cimport make_mistake
 from ubi_sim._model cimport (
     ADOPTED_BYTE, CRASH_MOVE, CRASH_POWER, CRASH_PROCESS, CRASH_RUN_LOST, FINE, HOSTS, NOT_KEPT,
-    WITH_ADOPTION, WITH_CHAINS, WITH_FAULTS, WITH_MISTAKES, WITH_MOVES, WITH_OPENING, WITH_REISSUE,
-    WITH_SYNC_FAULTS, World, below, halted, has, here, next_random, one_in, violate,
+    WITH_ADOPTION, WITH_CHAINS, WITH_MISTAKES, WITH_MOVES, WITH_OPENING, WITH_REISSUE, World, below,
+    halted, has, here, next_random, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_power_loss, oracle_process_crash
 from ubi_sim._trace cimport trace_number, trace_text, trace_world

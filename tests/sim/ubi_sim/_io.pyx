@@ -12,13 +12,14 @@ from ublk_ubi._core cimport (
 from ublk_ubi._format cimport SLOT_OFFSET, all_zero
 from ublk_ubi._lifecycle cimport SCRATCH_BYTES
 from ubi_sim._disk cimport (
-    disk_dsync, disk_forget, disk_has_room, disk_land, disk_land_part, disk_sync_failed, disk_synced, disk_write,
+    disk_dsync, disk_forget, disk_has_room, disk_land, disk_land_part, disk_sync_failed,
+    disk_synced, disk_write,
 )
 from ubi_sim._model cimport (
-    BAD_ACTION, CELL_BYTES, CELLS, IMAGE_VALUE, LOG_CHUNK, LOG_DATA, LOG_META, MAX_IO, MAX_RETRIES, META_BYTES,
-    OWNER_HYDRATOR, OWNER_LIFECYCLE, OWNER_NOBODY, STRIPE_BYTES, WHOLE, WITH_FAULTS,
-    WITH_SYNC_FAULTS,
-    Faults, GuestRequest, Io, World, below, has, hot_index, next_random, one_in, violate,
+    BAD_ACTION, CELL_BYTES, CELLS, IMAGE_VALUE, LOG_CHUNK, LOG_DATA, LOG_META, MAX_IO, MAX_RETRIES,
+    META_BYTES, OWNER_HYDRATOR, OWNER_LIFECYCLE, OWNER_NOBODY, STRIPE_BYTES, WHOLE, WITH_FAULTS,
+    WITH_SYNC_FAULTS, Faults, GuestRequest, Io, World, below, has, hot_index, next_random, one_in,
+    violate,
 )
 from ubi_sim._oracle cimport oracle_fault, oracle_sync_failed, written_value
 from ubi_sim._trace cimport trace_io, trace_io_end
@@ -123,7 +124,8 @@ cdef int io_submit(World* world, uint8_t owner, const Action* action) noexcept n
     io.action = action[0]
     io.owner = owner
     if not in_bounds(world, owner, action):
-        violate(world, BAD_ACTION, action.kind, <uint32_t>(action.offset >> 9), action.length, owner)
+        violate(world, BAD_ACTION, action.kind, <uint32_t>(action.offset >> 9), action.length,
+                owner)
         return index
     io.busy = 1
     if action.kind == ACT_WRITE_BASE:

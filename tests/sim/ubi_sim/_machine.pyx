@@ -1,6 +1,6 @@
 """Engines in the model world; see _machine.pxd."""
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from ublk_ubi._atomic cimport ensure

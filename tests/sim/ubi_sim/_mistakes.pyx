@@ -3,7 +3,7 @@
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
-from ublk_ubi._format cimport FLAG_OPEN, SLOT_ZERO, Slot, slot_check, slot_seal
+from ublk_ubi._format cimport FLAG_OPEN, Slot, slot_seal
 from ublk_ubi._lifecycle cimport (
     PHASE_FAILED, PHASE_OPEN, REFUSE_ADOPT, REFUSE_COPY, REFUSE_DAMAGED, REFUSE_FINGERPRINT,
     REFUSE_FOREIGN, REFUSE_FOREIGN_WRITER, REFUSE_IMAGE_SIZE, REFUSE_LIVE, REFUSE_NEWER,
@@ -16,8 +16,8 @@ from ubi_sim._host cimport (
     current_slot, expected_refusal, has_magic, host_options, is_of, slots_zero,
 )
 from ubi_sim._model cimport (
-    NOT_KEPT, NOT_REFUSED, REFUSED, SLOT_SECTOR, WITH_ADOPTION, WITH_STALE_BASE, Host, Table, World,
-    below, has, here, next_random, one_in, violate,
+    NOT_KEPT, NOT_REFUSED, REFUSED, SLOT_SECTOR, WITH_STALE_BASE, Host, Table, World, below, has,
+    here, next_random, one_in, violate,
 )
 from ubi_sim._trace cimport trace_number
 

@@ -8,8 +8,8 @@ from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES
 from ubi_sim._model cimport (
     ADOPTED_VALUE, CELL_BYTES, CELLS, HOT_CELLS, IMAGE_VALUE, LATCH_BROKEN, MAX_CANDIDATES,
-    MAX_DEPTH, MAX_HISTORY, MAX_OVERLAP, MAX_QUEUES, WITH_ADOPTION, WITH_OVERLAPS, WRONG_DATA, WRONG_ERROR, CellHistory,
-    GuestRequest, Oracle, Version, World, cell_count, has, violate,
+    MAX_DEPTH, MAX_HISTORY, MAX_OVERLAP, MAX_QUEUES, WITH_ADOPTION, WITH_OVERLAPS, WRONG_DATA,
+    WRONG_ERROR, CellHistory, GuestRequest, Oracle, Version, World, cell_count, has, violate,
 )
 
 
@@ -247,7 +247,7 @@ cdef void settle_value(World* world, uint32_t cell, uint32_t value) noexcept nog
 
 
 cdef void end_read(World* world, GuestRequest* guest, const uint32_t* data) noexcept nogil:
-    """Legal? And what it showed is what the cell holds, if nobody writes it and no page was lost."""
+    """Legal? What it showed is what the cell holds, if nobody writes it and no page was lost."""
     cdef CellHistory* history
     cdef Version* version
     cdef uint32_t i

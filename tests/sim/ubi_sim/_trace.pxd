@@ -1,6 +1,6 @@
 """What happens, a readable line each. Callers look whether world.trace is there: off costs a test.
 
-A line is the step's number, who, and what: cells are counted in the device (8 a stripe, hot or not).
+A line is the step's number, who, and what: cells count in the device (8 a stripe, hot or not).
 """
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t

@@ -5,9 +5,9 @@ from libc.stdio cimport snprintf
 from libc.string cimport memcpy, strlen
 
 from ublk_ubi._core cimport (
-    ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, DATA_OFFSET, MEM_PAGE, MEM_REQUEST, MEM_SCRATCH,
-    MEM_STRIPE, MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN,
-    OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, Action,
+    ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, DATA_OFFSET, MEM_PAGE, MEM_REQUEST, MEM_STRIPE,
+    MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN, OP_DISCARD,
+    OP_FLUSH, OP_READ, OP_WRITE, Action,
 )
 from ublk_ubi._lifecycle cimport (
     HOST_BEFORE_WRITE, HOST_CREATED, HOST_DROP_TABLE, HOST_FIND_TABLE, HOST_LATCH_TABLE,
@@ -48,8 +48,8 @@ cdef void trace_number(World* world, const char* format_, uint64_t number) noexc
 
 cdef void trace_world(World* world) noexcept nogil:
     cdef char line[LINE]
-    snprintf(line, LINE, b"world: image %u stripes (%llu bytes), device %u stripes, %u queues of %u, "
-             b"%u buffers, features %#x", world.geometry.image_stripes,
+    snprintf(line, LINE, b"world: image %u stripes (%llu bytes), device %u stripes, %u queues of "
+             b"%u, %u buffers, features %#x", world.geometry.image_stripes,
              <unsigned long long>world.geometry.image_bytes, world.geometry.device_stripes,
              world.geometry.queues, world.geometry.depth, world.geometry.buffers, world.features)
     add_line(world, line)
@@ -131,8 +131,8 @@ cdef void put_action(char* into, int room, const Action* action) noexcept nogil:
         snprintf(memory, 32, either(action.memory == MEM_PAGE, b"page %u", b"scratch %u"),
                  action.index)
     if action.kind != ACT_READ_IMAGE and offset < DATA_OFFSET:
-        snprintf(into, room, b"%s metadata at %#llx, %u bytes, %s", verb, <unsigned long long>offset,
-                 action.length, memory)
+        snprintf(into, room, b"%s metadata at %#llx, %u bytes, %s", verb,
+                 <unsigned long long>offset, action.length, memory)
         return
     if action.kind != ACT_READ_IMAGE:
         offset -= DATA_OFFSET

@@ -8,8 +8,8 @@ from ubi_sim._model cimport (
     ADOPTED_BYTE, ALL_FEATURES, CELLS, CHUNKS, HOT, HOT_CELLS, META_BYTES, STALE_VALUE,
     STRIPE_BYTES, WITH_ADOPTION, WITH_CHAINS, WITH_COPY_ON_READ, WITH_FAULTS, WITH_MISTAKES,
     WITH_MOVES, WITH_OPENING, WITH_OVERLAPS, WITH_PARTIAL_IMAGE, WITH_REISSUE, WITH_STALE_BASE,
-    WITH_SYNC_FAULTS, WITH_TAIL, WITH_TORN_SLOTS, WITH_TWO_PAGES, WITH_TWO_QUEUES, WITH_ZEROING, Disk, Geometry,
-    World, below, has, next_random, one_in,
+    WITH_SYNC_FAULTS, WITH_TAIL, WITH_TORN_SLOTS, WITH_TWO_PAGES, WITH_TWO_QUEUES, WITH_ZEROING,
+    Disk, Geometry, World, below, has, one_in,
 )
 from ubi_sim._oracle cimport oracle_first_value, oracle_init
 
@@ -53,7 +53,7 @@ cdef void make_geometry(World* world, bint small) noexcept nogil:
     cdef uint32_t cut = 1 + below(world, STRIPE_BYTES - 2)
     cdef uint32_t tail = 1 + below(world, 2)
     cdef uint32_t tail_cells = 1 + below(world, CELLS)
-    cdef uint32_t i
+    cdef uint32_t i, _i
     g.queues = 2 if has(world, WITH_TWO_QUEUES) else 1
     g.depth = <uint16_t>depth
     g.buffers = <uint16_t>(2 + below(world, 2))
@@ -72,7 +72,7 @@ cdef void make_geometry(World* world, bint small) noexcept nogil:
     g.device_stripes = g.image_stripes
     g.last_cells = CELLS
     if has(world, WITH_TAIL) and not (small and g.hot_count > 2):
-        for i in range(tail):
+        for _i in range(tail):
             if g.hot_count < HOT and not (small and g.hot_count > 2):
                 add_hot(g, g.device_stripes)
                 g.device_stripes += 1
