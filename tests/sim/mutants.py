@@ -131,8 +131,8 @@ ROUNDS = (
 STRIPES = (
     Mutant("failed stripe write marked PRESENT",
            "the base has some of it, or nothing",
-           (Change(HYDRATOR, "        end_fetch(hydrator, index, result, actions)\n",
-                   "        end_fetch(hydrator, index, 0 if fetch.phase == FETCH_WRITE else result,"
+           (Change(HYDRATOR, "        end_fetch(hydrator, index, event.result, actions)\n",
+                   "        end_fetch(hydrator, index, 0 if phase == FETCH_WRITE else event.result,"
                    " actions)\n"),)),
     Mutant("failed OVERWRITING stuck",
            "who comes for that stripe later waits for ever",
@@ -148,10 +148,10 @@ STRIPES = (
 """),)),
     Mutant("waiter's write before the stripe write's completion",
            "the stripe write lands on top of the guest's",
-           (Change(HYDRATOR, "        fetch.phase = FETCH_WRITE\n", """        fetch.phase = FETCH_WRITE
-        make_present(hydrator, fetch.stripe)
-        wake(hydrator, fetch.stripe, 0, actions)
-"""),  # noqa: E501
+           (Change(HYDRATOR, "    fetch.phase = FETCH_WRITE\n", """    fetch.phase = FETCH_WRITE
+    make_present(hydrator, fetch.stripe)
+    wake(hydrator, fetch.stripe, 0, actions)
+"""),
             Change(HYDRATOR, "        make_present(hydrator, stripe)\n        result = 0\n",
                    """        if state_of(hydrator, stripe) == FETCHING:
             make_present(hydrator, stripe)
@@ -172,9 +172,16 @@ STRIPES = (
 """),)),
     Mutant("hole PRESENT without zeroing",
            "a stripe that is not written shows what was on the base before",
-           (Change(HYDRATOR, "    if fetch.phase == FETCH_READ and result >= 0:\n",
-                   "    if fetch.phase == FETCH_READ and result >= 0 and fetch.stripe % 4 != 2:\n"),
-            )),
+           (Change(HYDRATOR, "        store_fetched(hydrator, index, event.zeros, actions)\n",
+                   """        if event.zeros:
+            end_fetch(hydrator, index, 0, actions)
+        else:
+            store_fetched(hydrator, index, event.zeros, actions)
+"""),)),
+    Mutant("image let go of before the last bit is durable",
+           "after a power loss the base needs it again",
+           (Change(HYDRATOR, "    if (hydrator.stats.durable == hydrator.shared.image_stripes",
+                   "    if (hydrator.stats.present == hydrator.shared.image_stripes"),)),
     Mutant("the image's last stripe is left to the first reader",
            "a read goes behind the end of the image",
            (Change(HYDRATOR, "    if (hydrator.shared.image_bytes & (hydrator.shared.stripe_bytes - 1)\n",  # noqa: E501
@@ -186,30 +193,41 @@ STRIPES = (
 REQUESTS = (
     Mutant("flush acknowledged early",
            "no bit is durable yet",
-           (Change(QUEUE, "        ask(queue, tag, AWAITING_ROUND, MSG_JOIN, 0, actions)\n    else:\n"  # noqa: E501
-                   "        request.state = AWAITING_SYNC\n",
-                   "        complete(queue, tag, 0, actions)\n    else:\n"
-                   "        request.state = AWAITING_SYNC\n"),)),
+           (Change(QUEUE, """        ask(queue, tag, AWAITING_ROUND, MSG_JOIN, 0, actions)
+    else:
+        await_sync(""", """        complete(queue, tag, 0, actions)
+    else:
+        await_sync("""),)),
     Mutant("flush joins an fdatasync that has begun",
            "it began before the writes that the flush is for were complete",
-           (Change(QUEUE, """        request.next = queue.sync_next
+           (Change(QUEUE, """    queue.requests[tag].next = queue.sync_next
+    queue.sync_next = tag
+    if not queue.syncing:
+""", """    if queue.syncing:
+        queue.requests[tag].next = queue.sync_running
+        queue.sync_running = tag
+    else:
+        queue.requests[tag].next = queue.sync_next
         queue.sync_next = tag
-        if not queue.syncing:
-""", """        if queue.syncing:
-            request.next = queue.sync_running
-            queue.sync_running = tag
-        else:
-            request.next = queue.sync_next
-            queue.sync_next = tag
 """),)),
     Mutant("FUA acknowledged because its stripe became DURABLE meanwhile",
            "the round that made it so began before this write's data was complete",
-           (Change(QUEUE, "    elif request.joins:\n",
-                   "    elif request.joins and stripe_state(queue.shared, request.stripe) != DURABLE:"  # noqa: E501
-                   "\n"),)),
+           (Change(QUEUE, "    elif request.follows == FOLLOWS_ROUND:\n",
+                   """    elif request.follows == FOLLOWS_ROUND and stripe_state(
+            queue.shared, request.stripe) != DURABLE:
+"""),)),
     Mutant("FUA as plain",
            "nothing makes the write durable",
-           (Change(QUEUE, "    request.fua = event.fua\n", "    request.fua = 0\n"),)),
+           (Change(QUEUE, "    request.durable = is_durable(queue.shared, event)\n",
+                   "    request.durable = 0\n"),)),
+    Mutant("writethrough as writeback", "who never flushes loses what was acknowledged",
+           (Change(QUEUE, "(event.fua or shared.cache == CACHE_WRITETHROUGH)", "event.fua"),)),
+    Mutant("WRITE_ZEROES unsynced in writethrough", "zeroing has no DSYNC of its own",
+           (Change(QUEUE, "            request.follows = FOLLOWS_SYNC\n",
+                   "            request.follows = FOLLOWS_NOTHING\n"),)),
+    Mutant("image closed under a read", "the base has had the stripe by then",
+           (Change(QUEUE, "        if event.result < 0 and stripe_state(",
+                   "        if event.result < -99 and stripe_state("),)),
     Mutant("complete before PRESENT",
            "killed now, the daemon's successor takes the stripe from the image",
            (Change(QUEUE, """        request.result = event.result
@@ -233,20 +251,17 @@ REQUESTS = (
 """),)),
     Mutant("discard PRESENT without zeroing",
            "the stripe shows what was on the base before",
-           (Change(QUEUE, """    if event.op != OP_READ and event.op != OP_WRITE:
-        complete(""", """    if (event.op > OP_FLUSH and event.length == shared.stripe_bytes
-            and event.offset < shared.image_bytes and stripe_state(
-                shared, <uint32_t>(event.offset >> shared.stripe_shift)) < PRESENT):
-        request.stripe = <uint32_t>(event.offset >> shared.stripe_shift)
+           (Change(QUEUE, "    elif event.op == OP_DISCARD:\n",
+                   """    elif (event.op == OP_DISCARD and event.length == queue.shared.stripe_bytes
+            and stripe_state(queue.shared, request.stripe) < PRESENT):
         ask(queue, tag, AWAITING_CLAIM, MSG_CLAIM, 0, actions)
-        return
-    if event.op != OP_READ and event.op != OP_WRITE:
-        complete("""),
-            Change(QUEUE, "        start_io(queue, tag, OVERWRITE, ACT_WRITE_BASE, False, actions)\n",  # noqa: E501
-                   """        if request.op == OP_WRITE:
-            start_io(queue, tag, OVERWRITE, ACT_WRITE_BASE, False, actions)
-        else:
+    elif event.op == OP_DISCARD:
+"""),
+            Change(QUEUE, "        start_io(queue, tag, OVERWRITE, write_kind(request), False, actions)\n",  # noqa: E501
+                   """        if request.op == OP_DISCARD:
             ask(queue, tag, AWAITING_PRESENT, MSG_WRITTEN, 0, actions)
+        else:
+            start_io(queue, tag, OVERWRITE, write_kind(request), False, actions)
 """))),
     Mutant("a queue's failed fdatasync sets no latch",
            "the flush after it succeeds, for data that the kernel has dropped",
@@ -368,8 +383,10 @@ HARMLESS = (
            (Change(QUEUE, "    elif load_i64(&queue.shared.undurable) != 0:\n",
                    "    elif load_i64(&queue.shared.undurable) >= 0:\n"),), survives=True),
     Mutant("every FUA write joins a round", "slower, and as good",
-           (Change(QUEUE, "    request.joins = request.fua and state != DURABLE\n",
-                   "    request.joins = request.fua\n"),), survives=True),
+           (Change(QUEUE, "        if state != DURABLE:\n            request.follows",
+                   "        if state != ABSENT:\n            request.follows"),
+            Change(QUEUE, "OP_WRITE_ZEROES, PRESENT, Action,",
+                   "OP_WRITE_ZEROES, PRESENT, ABSENT, Action,")), survives=True),
     Mutant("hints for odd stripes are dropped", "a hint may be dropped",
            (Change(HYDRATOR, "    if hydrator.shared.state[stripe] != ABSENT:\n",
                    "    if hydrator.shared.state[stripe] != ABSENT or stripe & 1:\n"),),

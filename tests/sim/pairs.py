@@ -43,7 +43,8 @@ def _every(rows: tuple[str, ...]) -> dict[str, str]:
 
 
 STRIPE_STATES = ("ABSENT", "FETCHING", "OVERWRITING", "PRESENT", "DURABLE")
-REQUESTS = ("READ", "WRITE of a part", "WRITE of all", "FUA of a part", "FUA of all")
+REQUESTS = ("READ", "WRITE of a part", "WRITE of all", "durable WRITE of a part",
+            "durable WRITE of all", "ZEROES in a part", "ZEROES in all", "DISCARD")
 PHASES = (
     "NEW", "FIRST_SYNC", "READ_HEAD", "READ_SLOTS", "SCAN", "READ_PAGES", "FIND_TABLE",
     "LATCH_TABLE", "BEFORE_WRITE", "ERASE", "ERASE_SYNC", "ZERO_TAIL", "ZERO", "ZERO_SYNC",
@@ -56,18 +57,19 @@ BASES = ("closed", "open here", "open elsewhere")
 REFUSALS = (
     "nothing", "I/O error", "foreign", "version", "damaged", "newer", "adopt", "stripe unknown",
     "stripe size", "stripe range", "too many stripes", "too small", "image size", "fingerprint",
-    "live", "copy", "stale", "latched", "foreign writer",
+    "live", "copy", "stale", "latched", "foreign writer", "needs its image",
 )
 ASKED = "WANT, HYDRATE, CLAIM"
 
 GRIDS = (
     Grid("a request comes", 0, REQUESTS, STRIPE_STATES, _every(REQUESTS)),
-    Grid("a flush comes", 32, ("FLUSH",),
-         ("all durable", "an fdatasync runs", "not all durable", "latched"), {"FLUSH": "*"}),
-    Grid("the queue refuses", 40, ("request",), ("unknown", "FUA once latched"), {"request": "*"}),
+    Grid("a flush comes", 40, ("FLUSH",),
+         ("all durable", "an fdatasync runs", "not all durable", "latched", "unsafe"),
+         {"FLUSH": "*"}),
+    Grid("the queue refuses", 46, ("request",), ("durable once latched",), {"request": "*"}),
     Grid("a request waits", 48, (
         "IDLE", "READING_IMAGE", "READING_BASE", "WRITING", "AWAITING_STRIPE", "AWAITING_CLAIM",
-        "OVERWRITE", "AWAITING_PRESENT", "AWAITING_ROUND", "AWAITING_SYNC",
+        "OVERWRITE", "AWAITING_PRESENT", "AWAITING_ROUND", "AWAITING_SYNC", "DISCARDING",
     ), (
         "done", "failed", "failed but PRESENT", "PRESENT", "CLAIMED", "grant failed", "answered",
         "answered with an error", "done but latched",
@@ -82,8 +84,9 @@ GRIDS = (
         "AWAITING_PRESENT": "answered, answered with an error",
         "AWAITING_ROUND": "answered, answered with an error",
         "AWAITING_SYNC": "done, failed, done but latched",
+        "DISCARDING": "done, failed",
     }),
-    Grid("a stripe", 144, (
+    Grid("a stripe", 152, (
         "ABSENT", "WANTED", "QUEUED", "FETCHING", "OVERWRITING", "PRESENT", "IN_ROUND", "DURABLE",
     ), (
         "WANT", "HYDRATE", "CLAIM", "WRITTEN", "WRITTEN failed", "read", "read failed", "written",
@@ -94,7 +97,7 @@ GRIDS = (
         "OVERWRITING": f"{ASKED}, WRITTEN, WRITTEN failed",
         "PRESENT": ASKED, "IN_ROUND": ASKED, "DURABLE": ASKED,
     }),
-    Grid("a round", 224, ("IDLE", "SYNC_DATA", "WRITE_PAGES", "SYNC_PAGES"), (
+    Grid("a round", 232, ("IDLE", "SYNC_DATA", "WRITE_PAGES", "SYNC_PAGES"), (
         "JOIN", "JOIN once latched", "tick", "tick once latched", "stop", "synced", "sync failed",
         "page", "page failed", "synced but latched",
     ), {
@@ -107,9 +110,10 @@ GRIDS = (
     }),
     # Queues run from when it is live until before it is stopped; a hint may still lie in its mail.
     Grid("the hydrator", 272, ("NEW", "STARTING", "RUNNING", "STOPPING", "STOPPED"),
-         ("-", "request", "done", "message", "tick", "start", "stop"), {
-             "NEW": "start", "STARTING": "done, tick", "RUNNING": "done, message, tick, stop",
-             "STOPPING": "done, message, tick",
+         ("-", "request", "done", "message", "tick", "start", "stop", "hydrate", "budget"), {
+             "NEW": "start", "STARTING": "done, tick",
+             "RUNNING": "done, message, tick, stop, hydrate, budget",
+             "STOPPING": "done, message, tick, hydrate, budget",
          }),
     Grid("the lifecycle", 320, PHASES, ("well", "failed"), {
         # An error after a failed first fdatasync: docs/durability.md, what is not promised.

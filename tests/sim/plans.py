@@ -26,6 +26,10 @@ class Feature(enum.IntFlag):
     PARTIAL_IMAGE = 1 << 14
     TAIL = 1 << 15
     OVERLAPS = 1 << 16
+    HOLES = 1 << 17
+    WRITETHROUGH = 1 << 18
+    UNSAFE = 1 << 19
+    HYDRATION = 1 << 20
 
 
 class Bug(enum.IntEnum):

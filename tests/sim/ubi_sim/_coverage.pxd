@@ -13,20 +13,23 @@ cdef enum:
     PAIRS = 512
 
     # A request arrives: what (rows) at a stripe in which state (columns).
-    AT_STRIPE = 0                  # 5 × 5
+    AT_STRIPE = 0                  # 8 × 5
     READ_ROW = 0
     PART_ROW = 1                   # a write of part of a stripe
     WHOLE_ROW = 2
-    FUA_PART_ROW = 3
-    FUA_WHOLE_ROW = 4
+    DURABLE_PART_ROW = 3           # … that is to be durable
+    DURABLE_WHOLE_ROW = 4
+    ZERO_PART_ROW = 5
+    ZERO_WHOLE_ROW = 6
+    DISCARD_ROW = 7                # at its first stripe
 
-    # A flush arrives: all durable, all durable but a sync runs, not all durable, latched.
-    AT_FLUSH = 32                  # 1 × 4
-    # What the queue refuses: an unknown operation; a FUA write once latched.
-    AT_REFUSED = 40                # 1 × 2
+    # A flush arrives: all durable, all durable but a sync runs, not all durable, latched, unsafe.
+    AT_FLUSH = 40                  # 1 × 5
+    # What the queue refuses: a write to be durable once latched.
+    AT_REFUSED = 46                # 1 × 1
 
     # A request's state (rows: RequestState) and what ends its wait (columns).
-    AT_WAIT = 48                   # 10 × 9
+    AT_WAIT = 48                   # 11 × 9
     DONE_OK = 0
     DONE_FAILED = 1
     DONE_FAILED_PRESENT = 2        # the image failed, but the base has the stripe by now
@@ -38,7 +41,7 @@ cdef enum:
     DONE_LATCHED = 8               # it succeeded, after another fdatasync has failed
 
     # A stripe's state at the hydrator (rows) and an event for it (columns).
-    AT_HYDRATOR = 144              # 8 × 9
+    AT_HYDRATOR = 152              # 8 × 9
     ROW_ABSENT = 0
     ROW_WANTED = 1
     ROW_QUEUED = 2
@@ -58,7 +61,7 @@ cdef enum:
     ON_WRITE_FAILED = 8
 
     # A round's phase (rows: RoundPhase) and an event (columns).
-    AT_ROUND = 224                 # 4 × 10
+    AT_ROUND = 232                 # 4 × 10
     ON_JOIN = 0
     ON_JOIN_LATCHED = 1
     ON_TICK = 2
@@ -71,10 +74,10 @@ cdef enum:
     ON_SYNC_LATCHED = 9
 
     # The hydrator's life (rows: Life) and an event's kind (columns: EventKind).
-    AT_LIFE = 272                  # 5 × 7
+    AT_LIFE = 272                  # 5 × 9
 
     # A lifecycle's phase (rows: Phase) and how its action ended (columns: well, or not).
-    AT_PHASE = 320                 # 35 × 2
+    AT_PHASE = 320                 # 36 × 2
 
     # Opening a disk of ours: closed, open here, open elsewhere (rows), the table found (columns).
     AT_TABLE = 400                 # 3 × 7
@@ -89,7 +92,7 @@ cdef enum:
     AT_TEMPORARY = 424             # 3 × 4
 
     # Refusals (columns: Refusal).
-    AT_REFUSAL = 440               # 1 × 19
+    AT_REFUSAL = 440               # 1 × 20
 
 cdef void cover_queue(World* world, uint16_t queue, const Event* event) noexcept nogil
 cdef void cover_hydrator(World* world, const Event* event) noexcept nogil

@@ -4,9 +4,10 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t
 from libc.string cimport memcmp
 
 from ublk_ubi._core cimport (
-    CLAIMED, EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST, EVENT_STOP, EVENT_TICK, IN_ROUND, MSG_CLAIM,
-    MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN, OP_FLUSH, OP_READ, OP_WRITE,
-    OVERWRITING, PRESENT, QUEUED, STATE_MASK, WANTED, Event, stripe_state,
+    CACHE_UNSAFE, CACHE_WRITETHROUGH, CLAIMED, EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST,
+    EVENT_STOP, EVENT_TICK, IN_ROUND, MSG_CLAIM, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT,
+    MSG_WRITTEN, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, OVERWRITING, PRESENT,
+    QUEUED, STATE_MASK, WANTED, Event, Shared, stripe_state,
 )
 from ublk_ubi._format cimport FLAG_OPEN
 from ublk_ubi._hydrator cimport FETCH_READ, PAGE_WINDOW, Hydrator
@@ -14,37 +15,44 @@ from ublk_ubi._lifecycle cimport (
     PHASE_FAILED, PHASE_FIND_TABLE, TABLE_DAMAGED, TABLE_FOUND, TABLE_LIVE, TABLE_NONE, Lifecycle,
     TableIdentity,
 )
-from ublk_ubi._queue cimport AWAITING_SYNC, READING_IMAGE, Request
+from ublk_ubi._queue cimport AWAITING_SYNC, FOLLOWS_ROUND, READING_IMAGE, Request
 from ubi_sim._model cimport STRIPE_BYTES, World, cover
 
 
 # -- queue ---------------------------------------------------------------------------------------
 
+cdef uint32_t request_row(const Event* event, bint durable) noexcept nogil:
+    cdef bint whole = event.length == STRIPE_BYTES
+    if event.op == OP_READ:
+        return READ_ROW
+    if event.op == OP_DISCARD:
+        return DISCARD_ROW
+    if event.op == OP_WRITE_ZEROES:
+        return ZERO_WHOLE_ROW if whole else ZERO_PART_ROW
+    if durable:
+        return DURABLE_WHOLE_ROW if whole else DURABLE_PART_ROW
+    return WHOLE_ROW if whole else PART_ROW
+
+
 cdef void cover_request(World* world, uint16_t queue, const Event* event) noexcept nogil:
-    cdef bint latched = world.engines.shared.latch[0] != 0
-    cdef uint32_t row
+    cdef Shared* shared = &world.engines.shared
+    cdef bint latched = shared.latch[0] != 0
+    cdef bint durable = (shared.cache != CACHE_UNSAFE
+                         and (event.fua or shared.cache == CACHE_WRITETHROUGH))
     if event.op == OP_FLUSH:
         if latched:
             cover(world, AT_FLUSH + 3)
-        elif world.engines.shared.undurable != 0:
+        elif shared.cache == CACHE_UNSAFE:
+            cover(world, AT_FLUSH + 4)
+        elif shared.undurable != 0:
             cover(world, AT_FLUSH + 2)
         else:
             cover(world, AT_FLUSH + (1 if world.engines.queues[queue].syncing else 0))
-        return
-    if event.op != OP_READ and event.op != OP_WRITE:
+    elif durable and latched and (event.op == OP_WRITE or event.op == OP_WRITE_ZEROES):
         cover(world, AT_REFUSED)
-        return
-    if event.op == OP_WRITE and event.fua and latched:
-        cover(world, AT_REFUSED + 1)
-        return
-    if event.op == OP_READ:
-        row = READ_ROW
-    elif event.length == STRIPE_BYTES:
-        row = FUA_WHOLE_ROW if event.fua else WHOLE_ROW
     else:
-        row = FUA_PART_ROW if event.fua else PART_ROW
-    cover(world, AT_STRIPE + row * 5 + stripe_state(&world.engines.shared,
-                                                    <uint32_t>(event.offset // STRIPE_BYTES)))
+        cover(world, AT_STRIPE + request_row(event, durable) * 5
+              + stripe_state(shared, <uint32_t>(event.offset // STRIPE_BYTES)))
 
 
 cdef void cover_queue(World* world, uint16_t queue, const Event* event) noexcept nogil:
@@ -70,8 +78,8 @@ cdef void cover_queue(World* world, uint16_t queue, const Event* event) noexcept
         if column == DONE_FAILED and state == READING_IMAGE and stripe_state(
                 &world.engines.shared, request.stripe) >= PRESENT:
             column = DONE_FAILED_PRESENT
-        if (column == DONE_OK and request.fua and not request.joins
-                and world.engines.shared.latch[0] != 0 and request.op == OP_WRITE):
+        if (column == DONE_OK and request.durable and request.follows != FOLLOWS_ROUND
+                and world.engines.shared.latch[0] != 0):
             column = DONE_LATCHED
     elif event.op == MSG_GRANT:
         column = GRANT_FAILED
@@ -145,7 +153,7 @@ cdef void cover_hydrator(World* world, const Event* event) noexcept nogil:
     if world.coverage == NULL:
         return
     latched = world.engines.shared.latch[0] != 0
-    cover(world, AT_LIFE + hydrator.life * 7 + event.kind)
+    cover(world, AT_LIFE + hydrator.life * 9 + event.kind)
     if event.kind == EVENT_MESSAGE:
         cover_message(world, event, latched)
     elif event.kind == EVENT_DONE:

@@ -4,7 +4,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from ublk_ubi._core cimport (
-    ACT_HOST, ACT_SYNC_BASE, ACT_WRITE_BASE, EVENT_DONE, EVENT_START, EVENT_STOP, MEM_PAGE,
+    ACT_DISCARD_BASE, ACT_HOST, ACT_SYNC_BASE, ACT_WRITE_BASE, ACT_ZERO_BASE, EVENT_DONE, EVENT_START, EVENT_STOP, MEM_PAGE,
     MEM_REQUEST, MEM_STRIPE, Action, Actions, Event,
 )
 from ublk_ubi._lifecycle cimport (
@@ -15,7 +15,7 @@ from ubi_sim._coverage cimport cover_lifecycle
 from ubi_sim._disk cimport disk_evict, disk_forget, disk_land, disk_synced
 from ubi_sim._events cimport any_event
 from ubi_sim._host cimport expected_refusal, host_call, host_options
-from ubi_sim._io cimport host_fault, io_attempt, io_submit
+from ubi_sim._io cimport io_land_discard, host_fault, io_attempt, io_submit
 from ubi_sim._machine cimport machine_boot, machine_hydrator_event, machine_start_engines
 from ubi_sim._model cimport (
     BUG_CLOSE_EARLY, BUG_NO_FENCE_GUEST, BUG_NO_FENCE_PAGE, BUG_NO_FENCE_STRIPE, HANG, MAX_IO,
@@ -260,7 +260,9 @@ cdef void end_in_flight(World* world, Io* io) noexcept nogil:
     cdef uint16_t mask = <uint16_t>next_random(world)
     if io.action.kind == ACT_SYNC_BASE and choice & 1:
         disk_synced(world, io.sync_order)
-    if io.action.kind == ACT_WRITE_BASE and not io.landed:
+    if io.action.kind == ACT_DISCARD_BASE and not io.landed and choice & 1:
+        io_land_discard(world, &io.action)
+    if (io.action.kind == ACT_WRITE_BASE or io.action.kind == ACT_ZERO_BASE) and not io.landed:
         if not fenced(world, io):
             io.owner = OWNER_NOBODY
             return

@@ -9,11 +9,11 @@ from ublk_ubi._core cimport (
 from ubi_sim._disk cimport disk_evict
 from ubi_sim._io cimport io_land
 from ubi_sim._machine cimport (
-    machine_check_idle, machine_complete, machine_hydrator_event, machine_request,
+    machine_check_idle, machine_complete, machine_hydration, machine_hydrator_event, machine_request,
     machine_take_mail,
 )
 from ubi_sim._model cimport (
-    BUG_LOST_DOORBELL, CELLS, HANG, MAX_DEPTH, MAX_IO, MAX_QUEUES, OWNER_NOBODY, WITH_SYNC_FAULTS,
+    BUG_LOST_DOORBELL, CELLS, HANG, MAX_DEPTH, MAX_IMAGE_STRIPES, WITH_HYDRATION, WITH_WRITETHROUGH, MAX_IO, MAX_QUEUES, OWNER_NOBODY, WITH_SYNC_FAULTS,
     WITH_ZEROING, GuestRequest, Mailbox, World, below, boundary, halted, has, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_may_write, oracle_sent
@@ -27,6 +27,20 @@ cdef uint32_t cells_of(const World* world, uint32_t hot) noexcept nogil:
     return world.geometry.last_cells if hot + 1 == world.geometry.hot_count else CELLS
 
 
+cdef void stretch(World* world, GuestRequest* guest, uint32_t stripe) noexcept nogil:
+    """From inside a stripe over those that follow it on the device, into the last of them."""
+    cdef const uint32_t* hot = world.geometry.hot
+    cdef uint32_t last = stripe
+    guest.first += <uint16_t>below(world, guest.count)
+    while (last + 1 < world.geometry.hot_count and hot[last + 1] == hot[last] + 1
+            and not one_in(world, 4)):
+        last += 1
+    guest.count = <uint16_t>(last * CELLS + 1 + below(world, cells_of(world, last)))
+    if guest.count <= guest.first:
+        guest.count = <uint16_t>(guest.first + 1)
+    guest.count -= guest.first
+
+
 cdef void draw_request(World* world, GuestRequest* guest) noexcept nogil:
     """READ, WRITE, FLUSH and, where the world has them, DISCARD and WRITE_ZEROES."""
     cdef uint32_t choice = below(world, 16)
@@ -38,15 +52,20 @@ cdef void draw_request(World* world, GuestRequest* guest) noexcept nogil:
         guest.op = OP_FLUSH
         return
     guest.op = OP_READ if choice < 8 else OP_WRITE
-    if zeroing < 2 and has(world, WITH_ZEROING):
-        guest.op = OP_DISCARD if zeroing else OP_WRITE_ZEROES
-    guest.fua = guest.op == OP_WRITE and one_in(world, 4)
+    if zeroing < 4 and has(world, WITH_ZEROING):
+        guest.op = OP_DISCARD if zeroing & 1 else OP_WRITE_ZEROES
+    guest.fua = ((guest.op == OP_WRITE or guest.op == OP_WRITE_ZEROES) and one_in(world, 4)
+                 and not has(world, WITH_WRITETHROUGH))
     if one_in(world, 2):
         stripe = world.pace.focus
     cells = cells_of(world, stripe)
     shape = below(world, 6)
     guest.first = <uint16_t>(stripe * CELLS)
     guest.count = <uint16_t>cells
+    guest.unmap = one_in(world, 2)
+    if guest.op == OP_DISCARD and one_in(world, 2):
+        stretch(world, guest, stripe)
+        return
     if shape < 2:
         return
     # Ends of stripes more often than not.
@@ -173,6 +192,11 @@ cdef bint rare_event(World* world) noexcept nogil:
     if one_in(world, 2):
         tick(world)
         return True
+    if has(world, WITH_HYDRATION) and not world.quiet and world.engines.live:
+        if world.trace != NULL:
+            trace_text(world, b"background hydration is told to go on, or to pause")
+        machine_hydration(world, not one_in(world, 4), below(world, 4))
+        return True
     if not world.oracle.sync_failed:
         return False
     if world.trace != NULL:
@@ -239,6 +263,8 @@ cdef void answer_all(World* world) noexcept nogil:
 cdef void settle(World* world) noexcept nogil:
     answer_all(world)
     world.quiet = 1
+    if has(world, WITH_HYDRATION) and not halted(world):
+        machine_hydration(world, True, 2 * MAX_IMAGE_STRIPES)
     while any_event(world, False):
         pass
     if not halted(world):

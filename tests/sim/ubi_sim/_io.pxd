@@ -22,6 +22,8 @@ cdef enum Fault:
 cdef int io_submit(World* world, uint8_t owner, const Action* action) noexcept nogil
 # A write in flight reaches the cache; its end comes later.
 cdef void io_land(World* world, int index) noexcept nogil
+# Of a discard that is asked for any part happens.
+cdef void io_land_discard(World* world, const Action* action) noexcept nogil
 # It ends, well or not: True, and what its owner is to be told. Or it goes on: False.
 cdef bint io_attempt(World* world, int index, int32_t* result) noexcept nogil
 # -errno if a host call is to fail, or 0.

@@ -1,12 +1,12 @@
 """I/O on the model world; see _io.pxd."""
 
-from libc.errno cimport EAGAIN, EIO, ENOSPC
+from libc.errno cimport EAGAIN, EBADF, EIO, ENOSPC
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport (
-    ACT_HOST, ACT_READ_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, DATA_OFFSET, MEM_PAGE,
+    ACT_DISCARD_BASE, ACT_HOST, ACT_READ_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, ACT_ZERO_BASE, DATA_OFFSET, MEM_PAGE,
     MEM_REQUEST, MEM_SCRATCH, MEM_STRIPE, OP_WRITE, PAGE, Action,
 )
 from ublk_ubi._format cimport SLOT_OFFSET, all_zero
@@ -16,7 +16,7 @@ from ubi_sim._disk cimport (
     disk_synced, disk_write,
 )
 from ubi_sim._model cimport (
-    BAD_ACTION, CELL_BYTES, CELLS, IMAGE_VALUE, LOG_CHUNK, LOG_DATA, LOG_META, MAX_IO, MAX_RETRIES,
+    BAD_ACTION, CELL_BYTES, CELLS, image_value, cell_count, LOG_CHUNK, LOG_DATA, LOG_META, MAX_IO, MAX_RETRIES,
     META_BYTES, OWNER_HYDRATOR, OWNER_LIFECYCLE, OWNER_NOBODY, STRIPE_BYTES, WHOLE, WITH_FAULTS,
     WITH_SYNC_FAULTS, Faults, GuestRequest, Io, World, below, has, hot_index, next_random, one_in,
     violate,
@@ -58,6 +58,14 @@ cdef uint8_t* meta_memory(World* world, const Action* action) noexcept nogil:
     return world.scratch + action.index
 
 
+cdef bint discard_in_bounds(World* world, uint64_t offset, uint32_t length) noexcept nogil:
+    """Whole cells of stripes that follow one another."""
+    cdef int first = data_cell(world, offset)
+    cdef uint32_t count = length // CELL_BYTES
+    return (count > 0 and first >= 0 and first + count <= cell_count(world)
+            and data_cell(world, offset + length - CELL_BYTES) == <int>(first + count - 1))
+
+
 cdef bint in_bounds(World* world, uint8_t owner, const Action* action) noexcept nogil:
     """Inside image or base, and inside the memory that it names."""
     cdef uint64_t offset = action.offset
@@ -68,6 +76,8 @@ cdef bint in_bounds(World* world, uint8_t owner, const Action* action) noexcept 
             return owner >= OWNER_HYDRATOR and (
                 action.length == SCRATCH_BYTES or meta_sector(offset) >= 0)
         offset -= DATA_OFFSET
+        if action.kind == ACT_DISCARD_BASE:
+            return discard_in_bounds(world, offset, action.length)
     elif offset + action.minimum > world.geometry.image_bytes:
         return False
     if action.memory == MEM_STRIPE and (owner != OWNER_HYDRATOR
@@ -93,6 +103,11 @@ cdef void fill_request(World* world, uint8_t owner, uint32_t tag) noexcept nogil
 
 cdef int submit_write(World* world, uint8_t owner, const Action* action) noexcept nogil:
     """The write's log entry."""
+    cdef uint32_t zeros[CELLS]
+    if action.kind == ACT_ZERO_BASE:
+        memset(zeros, 0, sizeof(zeros))
+        return disk_write(world, LOG_DATA, data_cell(world, action.offset - DATA_OFFSET),
+                          action.length // CELL_BYTES, zeros, NULL)
     if action.offset >= DATA_OFFSET:
         if action.memory == MEM_REQUEST:
             fill_request(world, owner, action.index)
@@ -128,8 +143,11 @@ cdef int io_submit(World* world, uint8_t owner, const Action* action) noexcept n
                 owner)
         return index
     io.busy = 1
-    if action.kind == ACT_WRITE_BASE:
+    io.closed = action.kind == ACT_READ_IMAGE and world.engines.hydrated
+    if action.kind == ACT_WRITE_BASE or action.kind == ACT_ZERO_BASE:
         io.log = <uint8_t>submit_write(world, owner, action)
+    elif action.kind == ACT_DISCARD_BASE:
+        pass
     elif action.kind == ACT_SYNC_BASE:
         io.sync_order = world.disk.landed
     elif action.offset >= DATA_OFFSET or action.kind == ACT_READ_IMAGE:
@@ -150,7 +168,7 @@ cdef void read_data(World* world, Io* io, uint32_t* into) noexcept nogil:
         if not image:
             into[i] = world.disk.cache[cell + i]
         else:
-            into[i] = IMAGE_VALUE | (cell + i) if i * CELL_BYTES < action.minimum else 0
+            into[i] = image_value(world, cell + i) if i * CELL_BYTES < action.minimum else 0
 
 
 cdef void read_meta(World* world, const Action* action) noexcept nogil:
@@ -194,7 +212,7 @@ cdef int32_t end_read(World* world, Io* io, int32_t fault) noexcept nogil:
 cdef void refresh(World* world, Io* io) noexcept nogil:
     """A write lands with what its memory holds then: a buffer must not change under its I/O."""
     cdef const Action* action = &io.action
-    if io.owner == OWNER_NOBODY:
+    if io.owner == OWNER_NOBODY or action.kind == ACT_ZERO_BASE:
         return
     if action.memory == MEM_STRIPE:
         memcpy(world.disk.log[io.log].values, data_memory(world, io.owner, action) + io.done,
@@ -204,13 +222,35 @@ cdef void refresh(World* world, Io* io) noexcept nogil:
                meta_memory(world, action) + io.done * 512, PAGE - io.done * 512)
 
 
+cdef void io_land_discard(World* world, const Action* action) noexcept nogil:
+    """Any of its cells become zeros; the others stay."""
+    cdef uint32_t zeros[CELLS]
+    cdef uint32_t first = data_cell(world, action.offset - DATA_OFFSET)
+    cdef uint32_t end = first + action.length // CELL_BYTES
+    cdef uint32_t count
+    cdef uint16_t mask
+    memset(zeros, 0, sizeof(zeros))
+    while first < end and disk_has_room(world):
+        count = CELLS - first % CELLS
+        if count > end - first:
+            count = end - first
+        mask = WHOLE if one_in(world, 2) else <uint16_t>next_random(world)
+        disk_land(world, disk_write(world, LOG_DATA, first, count, zeros, NULL), mask)
+        first += count
+
+
 cdef void io_land(World* world, int index) noexcept nogil:
     cdef Io* io = &world.io[index]
     # A DSYNC write's end is what makes it durable: that is one moment here.
-    if io.action.kind != ACT_WRITE_BASE or io.landed or io.action.dsync:
+    if io.landed or io.action.dsync:
         return
-    refresh(world, io)
-    disk_land(world, io.log, WHOLE)
+    if io.action.kind == ACT_DISCARD_BASE:
+        io_land_discard(world, &io.action)
+    elif io.action.kind == ACT_WRITE_BASE or io.action.kind == ACT_ZERO_BASE:
+        refresh(world, io)
+        disk_land(world, io.log, WHOLE)
+    else:
+        return
     io.landed = 1
     if world.trace != NULL:
         trace_io_end(world, io.owner, &io.action, 0, b"lands")
@@ -258,8 +298,12 @@ cdef int32_t io_end(World* world, int index, int32_t fault) noexcept nogil:
     ensure(io.busy, b"an I/O ends once")
     if fault < 0:
         oracle_fault(world)
-    if io.action.kind == ACT_WRITE_BASE:
+    if io.action.kind == ACT_WRITE_BASE or io.action.kind == ACT_ZERO_BASE:
         result = end_write(world, io, fault)
+    elif io.action.kind == ACT_DISCARD_BASE:
+        if not io.landed:
+            io_land_discard(world, &io.action)
+        result = fault
     elif io.action.kind == ACT_SYNC_BASE:
         result = end_sync(world, io, fault)
     else:
@@ -316,6 +360,8 @@ cdef void move_part(World* world, Io* io) noexcept nogil:
     cdef uint32_t i
     if action.length > PAGE and not data or count < 2 or io.landed:
         return
+    if action.kind == ACT_ZERO_BASE or action.kind == ACT_DISCARD_BASE:
+        return
     count = 1 + below(world, count - 1)
     if action.kind == ACT_WRITE_BASE:
         refresh(world, io)
@@ -352,6 +398,10 @@ cdef bint goes_on(World* world, Io* io, int32_t fault) noexcept nogil:
 cdef bint io_attempt(World* world, int index, int32_t* result) noexcept nogil:
     cdef Io* io = &world.io[index]
     cdef int32_t fault = 0
+    if io.closed:
+        io.busy = 0
+        result[0] = -EBADF
+        return True
     if io.owner != OWNER_NOBODY:
         fault = io_fault(world, io.action.kind)
     if goes_on(world, io, fault):

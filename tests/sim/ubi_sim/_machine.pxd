@@ -6,7 +6,7 @@
   nothing is left of it.
 """
 
-from libc.stdint cimport uint8_t, uint16_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 from ublk_ubi._core cimport Event
 from ubi_sim._model cimport World
@@ -18,6 +18,8 @@ cdef void machine_start_engines(World* world) noexcept nogil
 cdef void machine_queue_event(World* world, uint16_t queue, const Event* event) noexcept nogil
 # START, STOP or TICK.
 cdef void machine_hydrator_event(World* world, uint8_t kind) noexcept nogil
+# Background hydration begins, or pauses; it may copy so many stripes.
+cdef void machine_hydration(World* world, bint on, uint32_t stripes) noexcept nogil
 # An I/O ends, well or not, and its owner is told; or it goes on.
 cdef void machine_complete(World* world, int index) noexcept nogil
 # Send world.guests[queue][tag] to its queue.

@@ -5,7 +5,7 @@ from libc.string cimport memset
 
 from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport (
-    ACT_COMPLETE, ACT_SEND, ACT_STARTED, ACT_STOPPED, EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST,
+    ACT_COMPLETE, ACT_HYDRATED, ACT_READ_IMAGE, ACT_SEND, ACT_STARTED, ACT_STOPPED, CACHE_UNSAFE, CACHE_WRITETHROUGH, EVENT_BUDGET, EVENT_DONE, EVENT_HYDRATE, EVENT_MESSAGE, EVENT_REQUEST,
     MSG_WANT, NONE32, OP_FLUSH, PRESENT, STATE_MASK, Action, Actions, Event, Shared,
 )
 from ublk_ubi._hydrator cimport ROUND_IDLE, Hydrator, HydratorMemory, hydrator_init, hydrator_step
@@ -15,7 +15,7 @@ from ubi_sim._coverage cimport cover_hydrator, cover_queue
 from ubi_sim._io cimport io_attempt, io_submit
 from ubi_sim._model cimport (
     BUCKETS, CELL_BYTES, CELLS, COUNTS, LEAK, MAX_ACTIONS, MAX_IO, MAX_MAIL, MAX_QUEUES,
-    OWNER_HYDRATOR, OWNER_NOBODY, STALE_VALUE, STRIPE_BYTES, WITH_COPY_ON_READ, Engines,
+    OWNER_HYDRATOR, OWNER_NOBODY, STALE_VALUE, STRIPE_BYTES, WITH_COPY_ON_READ, WITH_UNSAFE, WITH_WRITETHROUGH, Engines,
     GuestRequest, Io, Mail, Mailbox, World, boundary, halted, has, here, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_completed
@@ -57,6 +57,10 @@ cdef void machine_start_engines(World* world) noexcept nogil:
     shared.image_stripes = world.geometry.image_stripes
     shared.queues = world.geometry.queues
     shared.depth = world.geometry.depth
+    if has(world, WITH_UNSAFE):
+        shared.cache = CACHE_UNSAFE
+    elif has(world, WITH_WRITETHROUGH):
+        shared.cache = CACHE_WRITETHROUGH
     shared.copy_on_read = has(world, WITH_COPY_ON_READ)
     shared.state = engines.state
     shared.table = here(world).table.rows
@@ -79,6 +83,14 @@ cdef void machine_start_engines(World* world) noexcept nogil:
     hydrator_init(&engines.hydrator, shared, &memory)
     for queue in range(world.geometry.queues):
         queue_init(&engines.queues[queue], shared, queue, engines.requests[queue])
+
+
+cdef void check_hydrated(World* world) noexcept nogil:
+    """The image may be deleted now: no power loss makes anybody need it."""
+    cdef uint32_t stripe
+    for stripe in range(world.geometry.image_stripes):
+        if not world.disk.meta_durable[14 + 2 * stripe]:
+            violate(world, COUNTS, 3, stripe, world.engines.state[stripe], 0)
 
 
 # -- actions -------------------------------------------------------------------------------------
@@ -130,6 +142,10 @@ cdef void run_actions(World* world, uint8_t owner, const Actions* actions) noexc
             ensure(not world.engines.stopped, b"a hydrator stops once")
             world.engines.stopped = 1
             world.engines.stop_result = action.result
+        elif action.kind == ACT_HYDRATED:
+            ensure(not world.engines.hydrated, b"the image is let go of once")
+            check_hydrated(world)
+            world.engines.hydrated = 1
         else:
             io_submit(world, owner, action)
 
@@ -152,7 +168,7 @@ cdef void hydrator_event(World* world, const Event* event) noexcept nogil:
     actions.items = items
     actions.count = 0
     # The bound that _hydrator.pxd promises.
-    actions.capacity = world.geometry.queues * world.geometry.depth + world.geometry.buffers + 18
+    actions.capacity = world.geometry.queues * world.geometry.depth + world.geometry.buffers + 19
     cover_hydrator(world, event)
     hydrator_step(&world.engines.hydrator, event, &actions)
     if not world.blind:
@@ -167,6 +183,26 @@ cdef void machine_hydrator_event(World* world, uint8_t kind) noexcept nogil:
     hydrator_event(world, &event)
 
 
+cdef void machine_hydration(World* world, bint on, uint32_t stripes) noexcept nogil:
+    cdef Event event
+    memset(&event, 0, sizeof(event))
+    event.kind = EVENT_HYDRATE
+    event.op = on
+    hydrator_event(world, &event)
+    event.kind = EVENT_BUDGET
+    event.offset = <uint64_t>stripes * STRIPE_BYTES
+    if not halted(world):
+        hydrator_event(world, &event)
+
+
+cdef bint is_zeros(World* world, uint32_t buffer) noexcept nogil:
+    cdef uint32_t i
+    for i in range(CELLS):
+        if world.stripe_data[buffer][i] != 0:
+            return False
+    return True
+
+
 cdef void machine_complete(World* world, int index) noexcept nogil:
     cdef const Io* io = &world.io[index]
     cdef uint8_t owner = io.owner
@@ -177,6 +213,8 @@ cdef void machine_complete(World* world, int index) noexcept nogil:
     if not io_attempt(world, index, &event.result):
         return
     if owner == OWNER_HYDRATOR:
+        if io.action.kind == ACT_READ_IMAGE and event.result >= 0:
+            event.zeros = is_zeros(world, io.action.index)
         hydrator_event(world, &event)
     elif owner < MAX_QUEUES:
         machine_queue_event(world, owner, &event)
@@ -192,6 +230,7 @@ cdef void machine_request(World* world, uint16_t queue, uint16_t tag) noexcept n
     event.tag = tag
     event.op = guest.op
     event.fua = guest.fua
+    event.unmap = guest.unmap
     if guest.op == OP_FLUSH:
         event.offset = <uint64_t>-512
     else:

@@ -91,7 +91,11 @@ cdef enum Feature:
     WITH_PARTIAL_IMAGE = 1 << 14   # the image ends inside its last stripe
     WITH_TAIL = 1 << 15            # the device goes on behind the image
     WITH_OVERLAPS = 1 << 16        # guests write a cell while they write it
-    ALL_FEATURES = (1 << 17) - 1
+    WITH_HOLES = 1 << 17           # stripes of the image are zeros
+    WITH_WRITETHROUGH = 1 << 18
+    WITH_UNSAFE = 1 << 19
+    WITH_HYDRATION = 1 << 20       # in the background, on and off
+    ALL_FEATURES = (1 << 21) - 1
 
 cdef enum Crash:
     CRASH_PROCESS = 1
@@ -148,6 +152,7 @@ cdef struct Io:
     uint8_t busy
     uint8_t landed                 # a write that is on the cache and has not ended
     uint8_t log                    # a write's entry
+    uint8_t closed                 # the image was let go of before it was asked for this
     uint8_t done                   # cells or sectors that a short transfer has moved
     uint8_t retries
 
@@ -175,6 +180,7 @@ cdef struct GuestRequest:
     uint16_t count
     uint8_t op
     uint8_t fua
+    uint8_t unmap
     uint8_t busy
     # What a read may return, by cell: filled as it starts and as writes come by.
     uint8_t legal_count[CELLS]
@@ -234,6 +240,7 @@ cdef struct Engines:
     int32_t start_result           # … with this
     uint8_t stopped
     int32_t stop_result
+    uint8_t hydrated               # ACT_HYDRATED has come: the image is let go of
 
 cdef struct Geometry:
     uint32_t image_stripes
@@ -373,6 +380,16 @@ cdef inline int hot_index(World* world, uint32_t stripe) noexcept nogil:
         if world.geometry.hot[i] == stripe:
             return i
     return -1
+
+
+cdef inline bint is_hole(const World* world, uint32_t stripe) noexcept nogil:
+    """The image has zeros there."""
+    return has(world, WITH_HOLES) and stripe % 3 == 1
+
+
+cdef inline uint32_t image_value(const World* world, uint32_t cell) noexcept nogil:
+    """What the image holds; behind its end nobody asks."""
+    return 0 if is_hole(world, world.geometry.hot[cell // CELLS]) else IMAGE_VALUE | cell
 
 
 cdef inline uint32_t cell_count(const World* world) noexcept nogil:

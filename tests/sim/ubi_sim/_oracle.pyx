@@ -7,7 +7,7 @@ from libc.string cimport memmove, memset
 from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES
 from ubi_sim._model cimport (
-    ADOPTED_VALUE, CELL_BYTES, CELLS, HOT_CELLS, IMAGE_VALUE, LATCH_BROKEN, MAX_CANDIDATES,
+    WITH_UNSAFE, WITH_WRITETHROUGH, image_value, ADOPTED_VALUE, CELL_BYTES, CELLS, HOT_CELLS, LATCH_BROKEN, MAX_CANDIDATES,
     MAX_DEPTH, MAX_HISTORY, MAX_OVERLAP, MAX_QUEUES, WITH_ADOPTION, WITH_OVERLAPS, WRONG_DATA,
     WRONG_ERROR, CellHistory, GuestRequest, Oracle, Version, World, cell_count, has, violate,
 )
@@ -22,7 +22,7 @@ cdef uint32_t oracle_first_value(World* world, uint32_t cell) noexcept nogil:
     cdef uint64_t offset = <uint64_t>stripe * (CELLS * CELL_BYTES) + cell % CELLS * CELL_BYTES
     if has(world, WITH_ADOPTION) and (stripe % 3 == 1 or stripe >= world.geometry.image_stripes):
         return ADOPTED_VALUE | cell
-    return IMAGE_VALUE | cell if offset < world.geometry.image_bytes else 0
+    return image_value(world, cell) if offset < world.geometry.image_bytes else 0
 
 
 cdef void oracle_init(World* world) noexcept nogil:
@@ -145,6 +145,16 @@ cdef void drop_before(CellHistory* history, uint64_t clock) noexcept nogil:
 
 cdef inline bint is_write(uint8_t op) noexcept nogil:
     return op == OP_WRITE or op == OP_DISCARD or op == OP_WRITE_ZEROES
+
+
+cdef bint is_durable(World* world, const GuestRequest* guest) noexcept nogil:
+    """Once it has completed well, it is there after a power loss."""
+    if has(world, WITH_UNSAFE):
+        return False
+    if guest.op == OP_FLUSH:
+        return True
+    return ((guest.op == OP_WRITE or guest.op == OP_WRITE_ZEROES)
+            and (guest.fua or has(world, WITH_WRITETHROUGH)))
 
 
 cdef bint oracle_may_write(World* world, uint32_t first, uint32_t count) noexcept nogil:
@@ -280,7 +290,7 @@ cdef void end_write(World* world, GuestRequest* guest, int32_t result) noexcept 
                 push_unsure(history, oracle.clock, value)
             else:
                 push_written(history, oracle.clock, value)
-            if result >= 0 and guest.fua:
+            if result >= 0 and is_durable(world, guest):
                 drop_before(history, oracle.clock + 1)
                 if current(history).count > 1:
                     # Durable is this write; one that overlapped it, and is read now, may not be.
@@ -291,7 +301,7 @@ cdef void end_write(World* world, GuestRequest* guest, int32_t result) noexcept 
 
 cdef void check_result(World* world, const GuestRequest* guest, int32_t result) noexcept nogil:
     cdef Oracle* oracle = &world.oracle
-    cdef bint durable = guest.op == OP_FLUSH or guest.fua
+    cdef bint durable = guest.op == OP_FLUSH or is_durable(world, guest)
     if result >= 0:
         if oracle.sync_failed and durable and guest.sent > oracle.sync_failed:
             violate(world, LATCH_BROKEN, guest.op, guest.first, guest.count, 0)
@@ -314,7 +324,7 @@ cdef void oracle_completed(World* world, GuestRequest* guest, int32_t result,
         return
     elif guest.op == OP_READ:
         end_read(world, guest, data)
-    else:
+    elif is_durable(world, guest):
         for cell in range(cell_count(world)):
             drop_before(&world.oracle.cells[cell], guest.sent)
 

@@ -5,7 +5,7 @@ from libc.stdio cimport snprintf
 from libc.string cimport memcpy, strlen
 
 from ublk_ubi._core cimport (
-    ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, DATA_OFFSET, MEM_PAGE, MEM_REQUEST, MEM_STRIPE,
+    ACT_DISCARD_BASE, ACT_ZERO_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, DATA_OFFSET, MEM_PAGE, MEM_REQUEST, MEM_STRIPE,
     MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN, OP_DISCARD,
     OP_FLUSH, OP_READ, OP_WRITE, Action,
 )
@@ -118,6 +118,8 @@ cdef int put_owner(char* into, int room, uint8_t owner) noexcept nogil:
 cdef void put_action(char* into, int room, const Action* action) noexcept nogil:
     """What an I/O does: direction, place, memory."""
     cdef const char* verb = either(action.kind == ACT_WRITE_BASE, b"write", b"read")
+    if action.kind == ACT_ZERO_BASE or action.kind == ACT_DISCARD_BASE:
+        verb = either(action.kind == ACT_ZERO_BASE, b"zero", b"discard")
     cdef uint64_t offset = action.offset
     cdef char memory[32]
     if action.kind == ACT_SYNC_BASE:

@@ -5,7 +5,7 @@ from libc.string cimport memcpy, memset
 
 from ublk_ubi._core cimport ACT_READ_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE
 from ubi_sim._model cimport (
-    ADOPTED_BYTE, ALL_FEATURES, CELLS, CHUNKS, HOT, HOT_CELLS, META_BYTES, STALE_VALUE,
+    WITH_HOLES, WITH_HYDRATION, WITH_UNSAFE, WITH_WRITETHROUGH, ADOPTED_BYTE, ALL_FEATURES, CELLS, CHUNKS, HOT, HOT_CELLS, META_BYTES, STALE_VALUE,
     STRIPE_BYTES, WITH_ADOPTION, WITH_CHAINS, WITH_COPY_ON_READ, WITH_FAULTS, WITH_MISTAKES,
     WITH_MOVES, WITH_OPENING, WITH_OVERLAPS, WITH_PARTIAL_IMAGE, WITH_REISSUE, WITH_STALE_BASE,
     WITH_SYNC_FAULTS, WITH_TAIL, WITH_TORN_SLOTS, WITH_TWO_PAGES, WITH_TWO_QUEUES, WITH_ZEROING,
@@ -28,7 +28,7 @@ cdef uint32_t draw_features(World* world) noexcept nogil:
     features |= draw(world, WITH_MOVES, 3)
     features |= draw(world, WITH_OPENING, 8)
     features |= draw(world, WITH_TORN_SLOTS, 3)
-    features |= draw(world, WITH_ZEROING, 6)
+    features |= draw(world, WITH_ZEROING, 3)
     features |= draw(world, WITH_REISSUE, 2)
     features |= draw(world, WITH_STALE_BASE, 3)
     features |= draw(world, WITH_ADOPTION, 6)
@@ -38,6 +38,15 @@ cdef uint32_t draw_features(World* world) noexcept nogil:
     features |= draw(world, WITH_PARTIAL_IMAGE, 2)
     features |= draw(world, WITH_TAIL, 2)
     features |= draw(world, WITH_OVERLAPS, 4)
+    features |= draw(world, WITH_HOLES, 2)
+    features |= draw(world, WITH_WRITETHROUGH, 6)
+    features |= draw(world, WITH_UNSAFE, 12)
+    features |= draw(world, WITH_HYDRATION, 4)
+    if features & WITH_TWO_PAGES:
+        # Only few of these stripes are modelled.
+        features &= ~<uint32_t>WITH_HYDRATION
+    if features & WITH_UNSAFE:
+        features &= ~<uint32_t>WITH_WRITETHROUGH
     if features & WITH_ADOPTION:
         features &= ~<uint32_t>WITH_STALE_BASE
     return features
