@@ -1,13 +1,13 @@
 """Counting pairs; see _coverage.pxd."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdint cimport uint16_t, uint32_t, uint8_t
 from libc.string cimport memcmp
 
 from ublk_ubi._core cimport (
-    CACHE_UNSAFE, CACHE_WRITETHROUGH, CLAIMED, EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST,
-    EVENT_STOP, EVENT_TICK, IN_ROUND, MSG_CLAIM, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT,
-    MSG_WRITTEN, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, OVERWRITING, PRESENT,
-    QUEUED, STATE_MASK, WANTED, Event, Shared, stripe_state,
+    CACHE_UNSAFE, CACHE_WRITETHROUGH, CLAIMED, EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST, EVENT_STOP,
+    EVENT_TICK, IN_ROUND, MSG_CLAIM, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN,
+    OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, OVERWRITING, PRESENT, QUEUED,
+    STATE_MASK, WANTED, Event, Shared, stripe_state,
 )
 from ublk_ubi._format cimport FLAG_OPEN
 from ublk_ubi._hydrator cimport FETCH_READ, PAGE_WINDOW, Hydrator

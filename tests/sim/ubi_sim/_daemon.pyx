@@ -1,11 +1,11 @@
 """Opening, stopping, killing; see _daemon.pxd."""
 
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memset
 
 from ublk_ubi._core cimport (
-    ACT_DISCARD_BASE, ACT_HOST, ACT_SYNC_BASE, ACT_WRITE_BASE, ACT_ZERO_BASE, EVENT_DONE, EVENT_START, EVENT_STOP, MEM_PAGE,
-    MEM_REQUEST, MEM_STRIPE, Action, Actions, Event,
+    ACT_DISCARD_BASE, ACT_HOST, ACT_SYNC_BASE, ACT_WRITE_BASE, ACT_ZERO_BASE, EVENT_DONE,
+    EVENT_START, EVENT_STOP, MEM_PAGE, MEM_REQUEST, MEM_STRIPE, Action, Actions, Event,
 )
 from ublk_ubi._lifecycle cimport (
     PHASE_CLOSED, PHASE_FAILED, PHASE_OPEN, REFUSE_DAMAGED, REFUSE_FOREIGN, REFUSE_IO,
@@ -15,7 +15,7 @@ from ubi_sim._coverage cimport cover_lifecycle
 from ubi_sim._disk cimport disk_evict, disk_forget, disk_land, disk_synced
 from ubi_sim._events cimport any_event
 from ubi_sim._host cimport expected_refusal, host_call, host_options
-from ubi_sim._io cimport io_land_discard, host_fault, io_attempt, io_submit
+from ubi_sim._io cimport host_fault, io_attempt, io_land_discard, io_submit
 from ubi_sim._machine cimport machine_boot, machine_hydrator_event, machine_start_engines
 from ubi_sim._model cimport (
     BUG_CLOSE_EARLY, BUG_NO_FENCE_GUEST, BUG_NO_FENCE_PAGE, BUG_NO_FENCE_STRIPE, HANG, MAX_IO,

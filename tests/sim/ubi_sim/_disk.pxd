@@ -1,8 +1,8 @@
 """A disk with a volatile cache: base (an image has no state). Reads see the cache, power loss not.
 
 A write is in the log from its submission until an fdatasync that began after it landed has ended,
-or (dsync) until it has ended itself. At a power loss any subset of the log is on the medium, cell by
-cell and sector by sector; a slot's sector, which has a checksum, may be torn inside.
+or (dsync) until it has ended itself. At a power loss any subset of the log is on the medium, cell
+by cell and sector by sector; a slot's sector, which has a checksum, may be torn inside.
 A failed fdatasync drops some of what it should have written: reads still show it until it is
 evicted, and every other open file is told of it once, or none.
 """

@@ -1,6 +1,6 @@
 """The model disk; see _disk.pxd."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcpy, memmove, memset
 
 from ublk_ubi._atomic cimport ensure

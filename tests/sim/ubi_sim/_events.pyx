@@ -1,20 +1,21 @@
 """Events in random order; see _events.pxd."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t
+from libc.stdint cimport uint16_t, uint32_t, uint8_t
 from libc.string cimport memset
 
 from ublk_ubi._core cimport (
-    EVENT_TICK, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES,
+    ACT_SYNC_BASE, EVENT_TICK, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES,
 )
 from ubi_sim._disk cimport disk_evict
 from ubi_sim._io cimport io_land
 from ubi_sim._machine cimport (
-    machine_check_idle, machine_complete, machine_hydration, machine_hydrator_event, machine_request,
-    machine_take_mail,
+    machine_check_idle, machine_complete, machine_hydration, machine_hydrator_event,
+    machine_request, machine_take_mail,
 )
 from ubi_sim._model cimport (
-    BUG_LOST_DOORBELL, CELLS, HANG, MAX_DEPTH, MAX_IMAGE_STRIPES, WITH_HYDRATION, WITH_WRITETHROUGH, MAX_IO, MAX_QUEUES, OWNER_NOBODY, WITH_SYNC_FAULTS,
-    WITH_ZEROING, GuestRequest, Mailbox, World, below, boundary, halted, has, one_in, violate,
+    BUG_LOST_DOORBELL, CELLS, HANG, MAX_DEPTH, MAX_IMAGE_STRIPES, MAX_IO, MAX_QUEUES, OWNER_NOBODY,
+    WITH_HYDRATION, WITH_SYNC_FAULTS, WITH_WRITETHROUGH, WITH_ZEROING, GuestRequest, Mailbox, World,
+    below, boundary, halted, has, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_may_write, oracle_sent
 from ubi_sim._trace cimport trace_number, trace_text
@@ -209,9 +210,14 @@ cdef bint stands_still(World* world) noexcept nogil:
     if world.stalled > 0:
         world.stalled -= 1
         return True
-    if world.pace.stalls and one_in(world, 32):
-        world.stalled = <uint8_t>(4 + below(world, 16))
+    if world.pace.stalls and one_in(world, 24):
+        world.stalled = <uint8_t>(8 + below(world, 24))
     return False
+
+
+cdef inline bint slow_syncs(const World* world) noexcept nogil:
+    """Whoever syncs meets others that do, and errors that others are told."""
+    return has(world, WITH_SYNC_FAULTS) and world.pace.slow == ACT_SYNC_BASE
 
 
 cdef bint any_event(World* world, bint requests) noexcept nogil:
@@ -224,7 +230,7 @@ cdef bint any_event(World* world, bint requests) noexcept nogil:
         violate(world, HANG, world.steps, 0, 0, 0)
         return False
     world.budget -= 1
-    if one_in(world, 24) and rare_event(world):
+    if one_in(world, 8 if slow_syncs(world) else 24) and rare_event(world):
         return not halted(world)
     choice = below(world, world.pace.mail + world.pace.io + world.pace.request)
     requests = requests and world.requests_left > 0

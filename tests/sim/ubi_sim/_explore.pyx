@@ -1,6 +1,6 @@
 """Exploring; see _explore.pxd."""
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcpy, memset
 
 from ublk_ubi._lifecycle cimport SCRATCH_BYTES

@@ -1,7 +1,7 @@
 """Hosts and operators; see _host.pxd."""
 
 from libc.errno cimport EEXIST
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcmp, memset
 
 from ublk_ubi._atomic cimport ensure
@@ -14,7 +14,7 @@ from ublk_ubi._lifecycle cimport (
 )
 from ubi_sim._disk cimport disk_land, disk_write
 from ubi_sim._model cimport (
-    BUG_LATCH_FORGOTTEN, BUG_TABLE_FORGOTTEN, CELL_BYTES, CELLS, LOG_DATA, SLOT_SECTOR,
+    BUG_LATCH_FORGOTTEN, BUG_TABLE_FORGOTTEN, CELLS, CELL_BYTES, LOG_DATA, SLOT_SECTOR,
     STRIPE_BYTES, WHOLE, WITH_ADOPTION, WITH_STALE_BASE, Host, Table, World, has, here,
 )
 

@@ -1,13 +1,14 @@
 """I/O on the model world; see _io.pxd."""
 
 from libc.errno cimport EAGAIN, EBADF, EIO, ENOSPC
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcpy, memset
 
 from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport (
-    ACT_DISCARD_BASE, ACT_HOST, ACT_READ_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, ACT_ZERO_BASE, DATA_OFFSET, MEM_PAGE,
-    MEM_REQUEST, MEM_SCRATCH, MEM_STRIPE, OP_WRITE, PAGE, Action,
+    ACT_DISCARD_BASE, ACT_HOST, ACT_READ_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE,
+    ACT_ZERO_BASE, DATA_OFFSET, MEM_PAGE, MEM_REQUEST, MEM_SCRATCH, MEM_STRIPE, OP_WRITE, PAGE,
+    Action,
 )
 from ublk_ubi._format cimport SLOT_OFFSET, all_zero
 from ublk_ubi._lifecycle cimport SCRATCH_BYTES
@@ -16,10 +17,10 @@ from ubi_sim._disk cimport (
     disk_synced, disk_write,
 )
 from ubi_sim._model cimport (
-    BAD_ACTION, CELL_BYTES, CELLS, image_value, cell_count, LOG_CHUNK, LOG_DATA, LOG_META, MAX_IO, MAX_RETRIES,
-    META_BYTES, OWNER_HYDRATOR, OWNER_LIFECYCLE, OWNER_NOBODY, STRIPE_BYTES, WHOLE, WITH_FAULTS,
-    WITH_SYNC_FAULTS, Faults, GuestRequest, Io, World, below, has, hot_index, next_random, one_in,
-    violate,
+    BAD_ACTION, CELLS, CELL_BYTES, LOG_CHUNK, LOG_DATA, LOG_META, MAX_IO, MAX_RETRIES, META_BYTES,
+    OWNER_HYDRATOR, OWNER_LIFECYCLE, OWNER_NOBODY, STRIPE_BYTES, WHOLE, WITH_FAULTS,
+    WITH_SYNC_FAULTS, Faults, GuestRequest, Io, World, below, cell_count, has, hot_index,
+    image_value, next_random, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_fault, oracle_sync_failed, written_value
 from ubi_sim._trace cimport trace_io, trace_io_end
@@ -340,7 +341,8 @@ cdef int32_t io_fault(World* world, uint8_t kind) noexcept nogil:
                 faults.nth_for_good and faults.nth_seen > faults.nth):
             return faults.nth_errno if faults.nth_errno >= FAULT_SHORT else -faults.nth_errno
     if kind == ACT_SYNC_BASE:
-        return -EIO if has(world, WITH_SYNC_FAULTS) and one_in(world, 6) else 0
+        return -EIO if has(world, WITH_SYNC_FAULTS) and one_in(
+            world, 3 if world.pace.slow == ACT_SYNC_BASE else 6) else 0
     if has(world, WITH_FAULTS) and one_in(world, faults.one_in):
         return random_fault(world)
     return 0

@@ -1,11 +1,12 @@
 """Engines in the model world; see _machine.pxd."""
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memset
 
 from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport (
-    ACT_COMPLETE, ACT_HYDRATED, ACT_READ_IMAGE, ACT_SEND, ACT_STARTED, ACT_STOPPED, CACHE_UNSAFE, CACHE_WRITETHROUGH, EVENT_BUDGET, EVENT_DONE, EVENT_HYDRATE, EVENT_MESSAGE, EVENT_REQUEST,
+    ACT_COMPLETE, ACT_HYDRATED, ACT_READ_IMAGE, ACT_SEND, ACT_STARTED, ACT_STOPPED, CACHE_UNSAFE,
+    CACHE_WRITETHROUGH, EVENT_BUDGET, EVENT_DONE, EVENT_HYDRATE, EVENT_MESSAGE, EVENT_REQUEST,
     MSG_WANT, NONE32, OP_FLUSH, PRESENT, STATE_MASK, Action, Actions, Event, Shared,
 )
 from ublk_ubi._hydrator cimport ROUND_IDLE, Hydrator, HydratorMemory, hydrator_init, hydrator_step
@@ -14,9 +15,10 @@ from ublk_ubi._queue cimport queue_init, queue_step
 from ubi_sim._coverage cimport cover_hydrator, cover_queue
 from ubi_sim._io cimport io_attempt, io_submit
 from ubi_sim._model cimport (
-    BUCKETS, CELL_BYTES, CELLS, COUNTS, LEAK, MAX_ACTIONS, MAX_IO, MAX_MAIL, MAX_QUEUES,
-    OWNER_HYDRATOR, OWNER_NOBODY, STALE_VALUE, STRIPE_BYTES, WITH_COPY_ON_READ, WITH_UNSAFE, WITH_WRITETHROUGH, Engines,
-    GuestRequest, Io, Mail, Mailbox, World, boundary, halted, has, here, one_in, violate,
+    BUCKETS, CELLS, CELL_BYTES, COUNTS, LEAK, MAX_ACTIONS, MAX_IO, MAX_MAIL, MAX_QUEUES,
+    OWNER_HYDRATOR, OWNER_NOBODY, STALE_VALUE, STRIPE_BYTES, WITH_COPY_ON_READ, WITH_UNSAFE,
+    WITH_WRITETHROUGH, Engines, GuestRequest, Io, Mail, Mailbox, World, boundary, halted, has, here,
+    one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_completed
 from ubi_sim._trace cimport trace_end, trace_request, trace_sent, trace_taken

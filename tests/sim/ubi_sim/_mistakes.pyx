@@ -1,15 +1,15 @@
 """Mistakes; see _mistakes.pxd."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcmp, memcpy
 
 from ublk_ubi._format cimport FLAG_OPEN, Slot, slot_seal
 from ublk_ubi._lifecycle cimport (
     PHASE_FAILED, PHASE_OPEN, REFUSE_ADOPT, REFUSE_COPY, REFUSE_DAMAGED, REFUSE_FINGERPRINT,
-    REFUSE_FOREIGN, REFUSE_FOREIGN_WRITER, REFUSE_IMAGE_SIZE, REFUSE_LIVE, REFUSE_NEWER,
-    REFUSE_NOTHING, REFUSE_STALE, REFUSE_STRIPE_RANGE, REFUSE_STRIPE_SIZE, REFUSE_STRIPE_UNKNOWN,
-    REFUSE_TOO_MANY_STRIPES, REFUSE_TOO_SMALL, REFUSE_VERSION, SCRATCH_BYTES, TABLE_DAMAGED,
-    TABLE_FOUND, TABLE_LIVE, TABLE_NONE, LifecycleOptions,
+    REFUSE_FOREIGN, REFUSE_FOREIGN_WRITER, REFUSE_IMAGE_SIZE, REFUSE_LIVE, REFUSE_NEEDS_IMAGE,
+    REFUSE_NEWER, REFUSE_NOTHING, REFUSE_STALE, REFUSE_STRIPE_RANGE, REFUSE_STRIPE_SIZE,
+    REFUSE_STRIPE_UNKNOWN, REFUSE_TOO_MANY_STRIPES, REFUSE_TOO_SMALL, REFUSE_VERSION, SCRATCH_BYTES,
+    TABLE_DAMAGED, TABLE_FOUND, TABLE_LIVE, TABLE_NONE, LifecycleOptions,
 )
 from ubi_sim._daemon cimport daemon_open
 from ubi_sim._host cimport (
@@ -26,7 +26,10 @@ from ubi_sim._trace cimport trace_number
 
 cdef uint8_t mistake_about_size(World* world, LifecycleOptions* options) noexcept nogil:
     """An image or a base that cannot go together, on a base that is to be made."""
-    cdef uint32_t choice = below(world, 3)
+    cdef uint32_t choice = below(world, 4)
+    if choice == 3:
+        options.no_image = True
+        return REFUSE_NEEDS_IMAGE
     if choice == 0:
         options.base_bytes = (8 << 20) + 512
         return REFUSE_TOO_SMALL
@@ -63,10 +66,13 @@ cdef uint8_t mistake_on_version(World* world) noexcept nogil:
 
 cdef uint8_t mistake_on_adoptable(World* world, LifecycleOptions* options) noexcept nogil:
     """A disk of bdev_ubi's."""
-    cdef uint32_t choice = below(world, 5)
+    cdef uint32_t choice = below(world, 6)
     if choice == 0:
         options.adopt = False
         return REFUSE_ADOPT
+    if choice == 5:
+        options.no_image = True
+        return REFUSE_NEEDS_IMAGE
     if choice == 1:
         world.disk.meta_cache[13] = 0
         return REFUSE_STRIPE_UNKNOWN
@@ -79,10 +85,22 @@ cdef uint8_t mistake_on_adoptable(World* world, LifecycleOptions* options) noexc
     return mistake_on_version(world)
 
 
+cdef uint8_t without_image(World* world, LifecycleOptions* options) noexcept nogil:
+    """It is needed, unless the headers have every stripe."""
+    cdef uint32_t stripe
+    options.no_image = True
+    for stripe in range(world.geometry.image_stripes):
+        if not world.disk.meta_cache[14 + 2 * stripe]:
+            return REFUSE_NEEDS_IMAGE
+    return REFUSE_NOTHING
+
+
 cdef uint8_t mistake_on_record(World* world, LifecycleOptions* options) noexcept nogil:
     """A disk of ours: what its slot says does not fit."""
     cdef Slot* slot = current_slot(world)
-    cdef uint32_t choice = below(world, 9)
+    cdef uint32_t choice = below(world, 10)
+    if choice == 9:
+        return without_image(world, options)
     if choice == 0:
         options.image_bytes += 512
         return REFUSE_IMAGE_SIZE

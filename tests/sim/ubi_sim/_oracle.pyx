@@ -1,15 +1,16 @@
 """The oracle; see _oracle.pxd."""
 
 from libc.errno cimport EOPNOTSUPP
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memmove, memset
 
 from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES
 from ubi_sim._model cimport (
-    WITH_UNSAFE, WITH_WRITETHROUGH, image_value, ADOPTED_VALUE, CELL_BYTES, CELLS, HOT_CELLS, LATCH_BROKEN, MAX_CANDIDATES,
-    MAX_DEPTH, MAX_HISTORY, MAX_OVERLAP, MAX_QUEUES, WITH_ADOPTION, WITH_OVERLAPS, WRONG_DATA,
-    WRONG_ERROR, CellHistory, GuestRequest, Oracle, Version, World, cell_count, has, violate,
+    ADOPTED_VALUE, CELLS, CELL_BYTES, HOT_CELLS, LATCH_BROKEN, MAX_CANDIDATES, MAX_DEPTH,
+    MAX_HISTORY, MAX_OVERLAP, MAX_QUEUES, WITH_ADOPTION, WITH_OVERLAPS, WITH_UNSAFE,
+    WITH_WRITETHROUGH, WRONG_DATA, WRONG_ERROR, CellHistory, GuestRequest, Oracle, Version, World,
+    cell_count, has, image_value, violate,
 )
 
 

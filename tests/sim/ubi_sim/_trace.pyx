@@ -1,20 +1,20 @@
 """Writing the trace; see _trace.pxd."""
 
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.stdio cimport snprintf
 from libc.string cimport memcpy, strlen
 
 from ublk_ubi._core cimport (
-    ACT_DISCARD_BASE, ACT_ZERO_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, DATA_OFFSET, MEM_PAGE, MEM_REQUEST, MEM_STRIPE,
-    MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN, OP_DISCARD,
-    OP_FLUSH, OP_READ, OP_WRITE, Action,
+    ACT_DISCARD_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE, ACT_ZERO_BASE, DATA_OFFSET,
+    MEM_PAGE, MEM_REQUEST, MEM_STRIPE, MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN,
+    MSG_WANT, MSG_WRITTEN, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, Action,
 )
 from ublk_ubi._lifecycle cimport (
     HOST_BEFORE_WRITE, HOST_CREATED, HOST_DROP_TABLE, HOST_FIND_TABLE, HOST_LATCH_TABLE,
     HOST_MAKE_TABLE, HOST_MAP_TABLE, HOST_PUBLISH_TABLE, HOST_ZERO_TAIL,
 )
 from ubi_sim._model cimport (
-    CELL_BYTES, CELLS, MAX_QUEUES, OWNER_HYDRATOR, OWNER_LIFECYCLE, STRIPE_BYTES, GuestRequest,
+    CELLS, CELL_BYTES, MAX_QUEUES, OWNER_HYDRATOR, OWNER_LIFECYCLE, STRIPE_BYTES, GuestRequest,
     Mail, Trace, World,
 )
 

@@ -1,15 +1,16 @@
 """Worlds from seeds; see _world.pxd."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcpy, memset
 
 from ublk_ubi._core cimport ACT_READ_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WRITE_BASE
 from ubi_sim._model cimport (
-    WITH_HOLES, WITH_HYDRATION, WITH_UNSAFE, WITH_WRITETHROUGH, ADOPTED_BYTE, ALL_FEATURES, CELLS, CHUNKS, HOT, HOT_CELLS, META_BYTES, STALE_VALUE,
-    STRIPE_BYTES, WITH_ADOPTION, WITH_CHAINS, WITH_COPY_ON_READ, WITH_FAULTS, WITH_MISTAKES,
-    WITH_MOVES, WITH_OPENING, WITH_OVERLAPS, WITH_PARTIAL_IMAGE, WITH_REISSUE, WITH_STALE_BASE,
-    WITH_SYNC_FAULTS, WITH_TAIL, WITH_TORN_SLOTS, WITH_TWO_PAGES, WITH_TWO_QUEUES, WITH_ZEROING,
-    Disk, Geometry, World, below, has, one_in,
+    ADOPTED_BYTE, ALL_FEATURES, CELLS, CHUNKS, HOT, HOT_CELLS, MAX_DEPTH, META_BYTES, STALE_VALUE,
+    STRIPE_BYTES, WITH_ADOPTION, WITH_CHAINS, WITH_COPY_ON_READ, WITH_FAULTS, WITH_HOLES,
+    WITH_HYDRATION, WITH_MISTAKES, WITH_MOVES, WITH_OPENING, WITH_OVERLAPS, WITH_PARTIAL_IMAGE,
+    WITH_REISSUE, WITH_STALE_BASE, WITH_SYNC_FAULTS, WITH_TAIL, WITH_TORN_SLOTS, WITH_TWO_PAGES,
+    WITH_TWO_QUEUES, WITH_UNSAFE, WITH_WRITETHROUGH, WITH_ZEROING, Disk, Geometry, World, below,
+    has, one_in,
 )
 from ubi_sim._oracle cimport oracle_first_value, oracle_init
 
@@ -100,12 +101,14 @@ cdef void add_hot(Geometry* g, uint32_t stripe) noexcept nogil:
 cdef void make_pace(World* world) noexcept nogil:
     cdef uint8_t[6] kinds = [0, 0, ACT_READ_IMAGE, ACT_READ_BASE, ACT_WRITE_BASE, ACT_SYNC_BASE]
     cdef uint32_t burst = below(world, 4)
-    cdef uint32_t slow_sync = below(world, 2)
+    cdef uint32_t slow_sync = below(world, 3)
     world.pace.request = <uint8_t>(1 + below(world, 8))
     if burst == 0:
         # Every tag is in use, always, and the disk stands still at times.
         world.pace.request = 64
         world.pace.stalls = 1
+        world.geometry.depth = MAX_DEPTH
+        world.geometry.buffers = 2
     world.pace.mail = <uint8_t>(1 + below(world, 8))
     world.pace.io = <uint8_t>(2 + below(world, 8))
     world.pace.slow = kinds[below(world, 6)]
