@@ -15,5 +15,7 @@ cdef void answer_all(World* world) noexcept nogil
 cdef void settle(World* world) noexcept nogil
 # Every hot stripe, through the engine; twice, as the first pass may hydrate it.
 cdef void read_all(World* world) noexcept nogil
+# A cell of every hot stripe.
+cdef void write_all(World* world) noexcept nogil
 # The kernel sends what was in flight again: same tags, same sectors.
 cdef void reissue_all(World* world) noexcept nogil

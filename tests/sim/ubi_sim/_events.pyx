@@ -4,7 +4,7 @@ from libc.stdint cimport uint16_t, uint32_t, uint8_t
 from libc.string cimport memset
 
 from ublk_ubi._core cimport (
-    ACT_SYNC_BASE, EVENT_TICK, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES,
+    ACT_SYNC_BASE, ACT_WRITE_BASE, EVENT_TICK, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES,
 )
 from ubi_sim._disk cimport disk_evict
 from ubi_sim._io cimport io_land
@@ -15,7 +15,7 @@ from ubi_sim._machine cimport (
 from ubi_sim._model cimport (
     BUG_LOST_DOORBELL, CELLS, HANG, MAX_DEPTH, MAX_IMAGE_STRIPES, MAX_IO, MAX_QUEUES, OWNER_NOBODY,
     WITH_HYDRATION, WITH_SYNC_FAULTS, WITH_WRITETHROUGH, WITH_ZEROING, GuestRequest, Mailbox, World,
-    below, boundary, halted, has, one_in, violate,
+    below, boundary, halted, has, here, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_may_write, oracle_sent
 from ubi_sim._trace cimport trace_number, trace_text
@@ -217,7 +217,8 @@ cdef bint stands_still(World* world) noexcept nogil:
 
 cdef inline bint slow_syncs(const World* world) noexcept nogil:
     """Whoever syncs meets others that do, and errors that others are told."""
-    return has(world, WITH_SYNC_FAULTS) and world.pace.slow == ACT_SYNC_BASE
+    return has(world, WITH_SYNC_FAULTS) and (world.pace.slow == ACT_SYNC_BASE
+                                             or world.pace.slow == ACT_WRITE_BASE)
 
 
 cdef bint any_event(World* world, bint requests) noexcept nogil:
@@ -273,8 +274,31 @@ cdef void settle(World* world) noexcept nogil:
         machine_hydration(world, True, 2 * MAX_IMAGE_STRIPES)
     while any_event(world, False):
         pass
-    if not halted(world):
-        machine_check_idle(world)
+    if halted(world):
+        return
+    machine_check_idle(world)
+    if (has(world, WITH_HYDRATION) and not world.engines.hydrated
+            and not here(world).table.latch):
+        # Told to go on, without errors, with all the budget: it must have come to its end.
+        violate(world, HANG, 2, 0, 0, 0)
+
+
+cdef void write_all(World* world) noexcept nogil:
+    """A cell of every stripe: whatever has failed before, each can be written."""
+    cdef GuestRequest* guest = &world.guests[0][0]
+    cdef uint16_t i
+    if world.trace != NULL:
+        trace_number(world, b"a cell of all %llu stripes is written", world.geometry.hot_count)
+    for i in range(world.geometry.hot_count):
+        if halted(world) or guest.busy:
+            return
+        memset(guest, 0, sizeof(GuestRequest))
+        guest.op = OP_WRITE
+        guest.first = <uint16_t>(i * CELLS)
+        guest.count = 1
+        oracle_sent(world, guest)
+        machine_request(world, 0, 0)
+        answer_all(world)
 
 
 cdef void read_all(World* world) noexcept nogil:

@@ -8,7 +8,7 @@ from ubi_sim._daemon cimport daemon_killed, daemon_stop, daemon_up
 from ubi_sim._disk cimport (
     disk_cache_hash, disk_evict, disk_hash, disk_pending, disk_power_loss, disk_synced,
 )
-from ubi_sim._events cimport answer_all, read_all, reissue_all, serve, settle
+from ubi_sim._events cimport answer_all, read_all, reissue_all, serve, settle, write_all
 from ubi_sim._host cimport host_boot
 from ubi_sim._mistakes cimport make_mistake
 from ubi_sim._model cimport (
@@ -148,6 +148,7 @@ cdef void go_on(World* world) noexcept nogil:
     if one_in(world, 2):
         settle(world)
         read_all(world)
+        write_all(world)
     if one_in(world, 2) and not halted(world):
         stop_and_open(world)
 
@@ -311,6 +312,7 @@ cdef void explore_seed(Explorer* explorer, uint64_t seed) noexcept nogil:
         if one_in(world, 2):
             settle(world)
             read_all(world)
+            write_all(world)
         explorer.exploring = one_in(world, 2)
         stop_and_open(world)
     explorer.events += world.steps

@@ -342,7 +342,7 @@ cdef int32_t io_fault(World* world, uint8_t kind) noexcept nogil:
             return faults.nth_errno if faults.nth_errno >= FAULT_SHORT else -faults.nth_errno
     if kind == ACT_SYNC_BASE:
         return -EIO if has(world, WITH_SYNC_FAULTS) and one_in(
-            world, 3 if world.pace.slow == ACT_SYNC_BASE else 6) else 0
+            world, 6 if world.pace.slow == 0 else 3) else 0
     if has(world, WITH_FAULTS) and one_in(world, faults.one_in):
         return random_fault(world)
     return 0

@@ -15,7 +15,7 @@ from ublk_ubi._queue cimport queue_init, queue_step
 from ubi_sim._coverage cimport cover_hydrator, cover_queue
 from ubi_sim._io cimport io_attempt, io_submit
 from ubi_sim._model cimport (
-    BUCKETS, CELLS, CELL_BYTES, COUNTS, LEAK, MAX_ACTIONS, MAX_IO, MAX_MAIL, MAX_QUEUES,
+    BUCKETS, CELLS, CELL_BYTES, COUNTS, IMAGE_NEEDED, LEAK, MAX_ACTIONS, MAX_IO, MAX_MAIL, MAX_QUEUES,
     OWNER_HYDRATOR, OWNER_NOBODY, STALE_VALUE, STRIPE_BYTES, WITH_COPY_ON_READ, WITH_UNSAFE,
     WITH_WRITETHROUGH, Engines, GuestRequest, Io, Mail, Mailbox, World, boundary, halted, has, here,
     one_in, violate,
@@ -92,7 +92,7 @@ cdef void check_hydrated(World* world) noexcept nogil:
     cdef uint32_t stripe
     for stripe in range(world.geometry.image_stripes):
         if not world.disk.meta_durable[14 + 2 * stripe]:
-            violate(world, COUNTS, 3, stripe, world.engines.state[stripe], 0)
+            violate(world, IMAGE_NEEDED, stripe, world.engines.state[stripe], 0, 0)
 
 
 # -- actions -------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ cdef enum Violation:
     NOT_STARTED = 9
     BAD_ACTION = 10                # an action outside image, base or buffers
     NOT_KEPT = 11                  # a refusal wrote; a byte that is not ours changed
+    IMAGE_NEEDED = 12              # it was let go of, and the medium does not have all of it
 
 # What happens in a world; its seed draws them, Plan.without takes them away.
 cdef enum Feature:

@@ -14,7 +14,7 @@ from ubi_sim._world cimport Plan
 VIOLATIONS = (
     "fine", "wrong data", "error without a fault", "flush succeeded after a failed fdatasync",
     "hang", "leak", "base refused", "base not refused", "counts differ", "not started",
-    "action out of bounds", "not kept",
+    "action out of bounds", "not kept", "image still needed",
 )
 
 

@@ -101,7 +101,7 @@ cdef void add_hot(Geometry* g, uint32_t stripe) noexcept nogil:
 cdef void make_pace(World* world) noexcept nogil:
     cdef uint8_t[6] kinds = [0, 0, ACT_READ_IMAGE, ACT_READ_BASE, ACT_WRITE_BASE, ACT_SYNC_BASE]
     cdef uint32_t burst = below(world, 4)
-    cdef uint32_t slow_sync = below(world, 3)
+    cdef uint32_t slow_sync = below(world, 4)
     world.pace.request = <uint8_t>(1 + below(world, 8))
     if burst == 0:
         # Every tag is in use, always, and the disk stands still at times.
@@ -113,8 +113,8 @@ cdef void make_pace(World* world) noexcept nogil:
     world.pace.io = <uint8_t>(2 + below(world, 8))
     world.pace.slow = kinds[below(world, 6)]
     if slow_sync and has(world, WITH_SYNC_FAULTS):
-        # Queues and hydrator at it at once: whose failure does the other see?
-        world.pace.slow = ACT_SYNC_BASE
+        # Queues and hydrator at it at once: whose failure does the other see, and when?
+        world.pace.slow = ACT_SYNC_BASE if slow_sync < 3 else ACT_WRITE_BASE
     world.pace.focus = <uint8_t>below(world, world.geometry.hot_count)
 
 
