@@ -132,9 +132,8 @@ def _tell_seen(output: Output, seen: Seen, began: float) -> None:
                seconds=round(took, 2))
 
 
-def _tell_coverage(output: Output, seen: Seen, lines: Lines) -> None:
+def _tell_coverage(output: Output, seen: Seen, lines: Lines, *, enough: bool) -> None:
     """What must have been seen is asked of a thousand seeds; of fewer it is told."""
-    enough = seen.seeds >= SEEDS
     states = len(seen.media) + len(seen.processes)
     output.check(f"{states:,} distinct crash states", good=not enough or states >= STATES_MIN)
     output.check(f"engine lines covered: {lines.covered} of {lines.total}, {lines.percent:.1f} %",
@@ -166,8 +165,12 @@ def run_seeds(output: Output, words: argparse.Namespace) -> None:
                         environment=counter.environment).run()
         seen.merge(Campaign(made, range(counted.stop, seeds.stop), _planned(words),
                             jobs=words.jobs, progress=progress).run())
+        calm = sweeps.calm_worlds(made, seeds, _planned(words))
+        crashed = seen.seeds
+        seen.merge(calm)
+        output.line(f"   {crashed:,} worlds crashed at every boundary, {calm.seeds:,} not crashed")
         _tell_seen(output, seen, began)
-        _tell_coverage(output, seen, counter.lines())
+        _tell_coverage(output, seen, counter.lines(), enough=crashed >= SEEDS)
 
 
 def run_sweep(output: Output, words: argparse.Namespace) -> None:

@@ -3,9 +3,8 @@
 from libc.stdint cimport uint16_t, uint32_t, uint8_t
 from libc.string cimport memset
 
-from ublk_ubi._core cimport (
-    ACT_SYNC_BASE, ACT_WRITE_BASE, EVENT_TICK, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES,
-)
+from ublk_ubi._core cimport EVENT_TICK, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES
+from ublk_ubi._hydrator cimport ROUND_IDLE
 from ubi_sim._disk cimport disk_evict
 from ubi_sim._io cimport io_land
 from ubi_sim._machine cimport (
@@ -215,10 +214,11 @@ cdef bint stands_still(World* world) noexcept nogil:
     return False
 
 
-cdef inline bint slow_syncs(const World* world) noexcept nogil:
-    """Whoever syncs meets others that do, and errors that others are told."""
-    return has(world, WITH_SYNC_FAULTS) and (world.pace.slow == ACT_SYNC_BASE
-                                             or world.pace.slow == ACT_WRITE_BASE)
+cdef uint32_t rarity(World* world) noexcept nogil:
+    """A tick or the like in so many events; more often where an fdatasync has failed in a round."""
+    if not has(world, WITH_SYNC_FAULTS):
+        return 24
+    return 3 if here(world).table.latch and world.engines.hydrator.round != ROUND_IDLE else 12
 
 
 cdef bint any_event(World* world, bint requests) noexcept nogil:
@@ -231,7 +231,7 @@ cdef bint any_event(World* world, bint requests) noexcept nogil:
         violate(world, HANG, world.steps, 0, 0, 0)
         return False
     world.budget -= 1
-    if one_in(world, 8 if slow_syncs(world) else 24) and rare_event(world):
+    if one_in(world, rarity(world)) and rare_event(world):
         return not halted(world)
     choice = below(world, world.pace.mail + world.pace.io + world.pace.request)
     requests = requests and world.requests_left > 0

@@ -11,14 +11,15 @@ from ublk_ubi._core cimport (
     Action,
 )
 from ublk_ubi._format cimport SLOT_OFFSET, all_zero
+from ublk_ubi._hydrator cimport ROUND_IDLE
 from ublk_ubi._lifecycle cimport SCRATCH_BYTES
 from ubi_sim._disk cimport (
     disk_dsync, disk_forget, disk_has_room, disk_land, disk_land_part, disk_sync_failed,
     disk_synced, disk_write,
 )
 from ubi_sim._model cimport (
-    BAD_ACTION, CELLS, CELL_BYTES, LOG_CHUNK, LOG_DATA, LOG_META, MAX_IO, MAX_RETRIES, META_BYTES,
-    OWNER_HYDRATOR, OWNER_LIFECYCLE, OWNER_NOBODY, STRIPE_BYTES, WHOLE, WITH_FAULTS,
+    BAD_ACTION, CELLS, CELL_BYTES, LOG_CHUNK, LOG_DATA, LOG_META, MAX_IO, MAX_QUEUES, MAX_RETRIES,
+    META_BYTES, OWNER_HYDRATOR, OWNER_LIFECYCLE, OWNER_NOBODY, STRIPE_BYTES, WHOLE, WITH_FAULTS,
     WITH_SYNC_FAULTS, Faults, GuestRequest, Io, World, below, cell_count, has, hot_index,
     image_value, next_random, one_in, violate,
 )
@@ -397,6 +398,13 @@ cdef bint goes_on(World* world, Io* io, int32_t fault) noexcept nogil:
     return True
 
 
+cdef bint meets_round(const World* world, const Io* io) noexcept nogil:
+    """A queue's fdatasync while a round runs, where such fail: the most is to go wrong then."""
+    return (io.action.kind == ACT_SYNC_BASE and io.owner < MAX_QUEUES
+            and has(world, WITH_SYNC_FAULTS) and not world.quiet and not world.accepted
+            and world.engines.hydrator.round != ROUND_IDLE)
+
+
 cdef bint io_attempt(World* world, int index, int32_t* result) noexcept nogil:
     cdef Io* io = &world.io[index]
     cdef int32_t fault = 0
@@ -406,6 +414,8 @@ cdef bint io_attempt(World* world, int index, int32_t* result) noexcept nogil:
         return True
     if io.owner != OWNER_NOBODY:
         fault = io_fault(world, io.action.kind)
+        if fault == 0 and meets_round(world, io) and one_in(world, 2):
+            fault = -EIO
     if goes_on(world, io, fault):
         return False
     if fault == FAULT_SHORT:

@@ -15,10 +15,10 @@ from ublk_ubi._queue cimport queue_init, queue_step
 from ubi_sim._coverage cimport cover_hydrator, cover_queue
 from ubi_sim._io cimport io_attempt, io_submit
 from ubi_sim._model cimport (
-    BUCKETS, CELLS, CELL_BYTES, COUNTS, IMAGE_NEEDED, LEAK, MAX_ACTIONS, MAX_IO, MAX_MAIL, MAX_QUEUES,
-    OWNER_HYDRATOR, OWNER_NOBODY, STALE_VALUE, STRIPE_BYTES, WITH_COPY_ON_READ, WITH_UNSAFE,
-    WITH_WRITETHROUGH, Engines, GuestRequest, Io, Mail, Mailbox, World, boundary, halted, has, here,
-    one_in, violate,
+    BUCKETS, CELLS, CELL_BYTES, COUNTS, IMAGE_NEEDED, LEAK, MAX_ACTIONS, MAX_IO, MAX_MAIL,
+    MAX_QUEUES, OWNER_HYDRATOR, OWNER_NOBODY, STALE_VALUE, STRIPE_BYTES, WITH_COPY_ON_READ,
+    WITH_UNSAFE, WITH_WRITETHROUGH, Engines, GuestRequest, Io, Mail, Mailbox, World, boundary,
+    halted, has, here, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_completed
 from ubi_sim._trace cimport trace_end, trace_request, trace_sent, trace_taken
@@ -95,6 +95,16 @@ cdef void check_hydrated(World* world) noexcept nogil:
             violate(world, IMAGE_NEEDED, stripe, world.engines.state[stripe], 0, 0)
 
 
+cdef void close_image(World* world) noexcept nogil:
+    """Reads that a queue has asked for and not yet submitted find it closed."""
+    cdef Io* io
+    cdef int i
+    for i in range(MAX_IO):
+        io = &world.io[i]
+        if io.busy and io.action.kind == ACT_READ_IMAGE and io.owner < MAX_QUEUES:
+            io.closed = one_in(world, 2)
+
+
 # -- actions -------------------------------------------------------------------------------------
 
 cdef void send(World* world, uint8_t owner, const Action* action) noexcept nogil:
@@ -147,6 +157,7 @@ cdef void run_actions(World* world, uint8_t owner, const Actions* actions) noexc
         elif action.kind == ACT_HYDRATED:
             ensure(not world.engines.hydrated, b"the image is let go of once")
             check_hydrated(world)
+            close_image(world)
             world.engines.hydrated = 1
         else:
             io_submit(world, owner, action)
