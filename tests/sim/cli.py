@@ -25,7 +25,7 @@ from sim.replay import Shrinker, replay
 USAGE = 2
 BROKEN = 3
 SEEDS = 1000
-MUTANT_SEEDS = 150
+MUTANT_SEEDS = 300
 # What a thousand seeds must show.
 STATES_MIN = 200_000
 LINES_MIN_PERCENT = 95

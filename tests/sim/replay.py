@@ -43,20 +43,21 @@ def replay(build: Build, seed: int, plan: Plan, bytes_: int = TRACE_BYTES) -> Re
 class Shrinker:
     """Makes a failing case smaller as long as it fails in the same way."""
 
-    def __init__(self, build: Build, finding: Finding) -> None:
+    def __init__(self, build: Build, finding: Finding, tries_max: int = TRIES) -> None:
         self.build = build
         self.finding = finding
         self.tries = 0
+        self.tries_max = tries_max
         self._worker: Worker | None = None
 
     def shrink(self) -> Finding:
         """Return the smallest that was found."""
         before = None
         try:
-            while before != self.finding and self.tries < TRIES:
+            while before != self.finding and self.tries < self.tries_max:
                 before = self.finding
                 for candidate in self._candidates():
-                    if self.tries >= TRIES:
+                    if self.tries >= self.tries_max:
                         break
                     self._try(candidate)
         finally:

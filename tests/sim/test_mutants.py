@@ -11,7 +11,7 @@ from sim.mutants import MUTANTS, Mutant
 SOME = (
     "flush joins a round that has begun",
     "failed stripe write marked PRESENT",
-    "FUA acknowledged because its stripe became DURABLE meanwhile",
+    "whole stripe misjudged at the image's end",
     "older table accepted",
     "no fence: late header page",
     "lost doorbell never noticed",

@@ -29,7 +29,7 @@ def test_a_violation_is_replayed_and_shrunk() -> None:
     assert again.finding is not None
     assert (again.finding.violation, again.finding.detail) == (found.violation, found.detail)
     assert "VIOLATION" in again.trace[-1]
-    small = Shrinker(build(), found).shrink()
+    small = Shrinker(build(), found, tries_max=40).shrink()
     assert small.violation == found.violation
     assert small.plan.requests - small.plan.skipped.bit_count() < found.plan.requests
     assert replay(build(), small.seed, small.case).finding is not None
