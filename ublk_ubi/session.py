@@ -194,7 +194,7 @@ class Session(TableHost):
             size=options.size,
             create_data_size=-(-self.image.size // stripe) * stripe if self.image else 0,
             fence_timeout_s=options.fence_timeout_s,
-            holder=runtime.holder_of,
+            holder=self._other_holder,
             notice=self._notice,
         )
         self._undo.callback(self.base.discard_if_created)
@@ -208,6 +208,11 @@ class Session(TableHost):
         self.size = (self.base.size - METADATA_SIZE) // self.block_size * self.block_size
         self.warnings += self.image.warnings if self.image else []
         self.warnings += self.base.warnings
+
+    def _other_holder(self, identity: tuple[bool, int, int]) -> str | None:
+        """Name the live device that has a base: not this one, whose last daemon may not be gone."""
+        holder = runtime.holder_of(identity)
+        return holder if holder != self.claim.name else None
 
     def _open_image(self) -> None:
         """Open the image. A base that has all of it needs none: its metadata will tell."""

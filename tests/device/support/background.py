@@ -41,6 +41,11 @@ class Background(Generic[T]):
         assert self.done
         return self.ended_at - self.started_at
 
+    def wait(self, timeout_s: float) -> bool:
+        """Give it so much time to end; whether it has."""
+        self._thread.join(timeout_s)
+        return self.done
+
     def join(self, timeout_s: float = 30.0) -> None:
         """Wait for its end, whatever that is."""
         self._thread.join(timeout_s)

@@ -66,7 +66,10 @@ def inventory() -> set[str]:
     things |= {f"mount {line.split()[1]}" for line in Path("/proc/mounts").read_text().splitlines()}
     things |= _disks()
     things |= _processes()
-    return things - {"/dev/ublk-ubi", "/run/ublk-ubi/.tables", "/sys/kernel/config/nullb/features"}
+    return things - {
+        "/dev/ublk-ubi", "/run/ublk-ubi/.tables", "/run/ublk-ubi/.watch.lock",
+        "/run/ublk-ubi/.watch.log", "/sys/kernel/config/nullb/features",
+    }
 
 
 def leaks(before: set[str], exempt: set[str]) -> set[str]:

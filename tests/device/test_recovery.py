@@ -1,0 +1,349 @@
+"""A disk outlives its daemon: killed, ended or upgraded, its users see no error and lose no write."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import random
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support.background import Background
+from support.device import RUN_ROOT, Outcome
+from support.guest import BLOCK, flush, read, write
+from support.load import Record, Writers
+from support.ondisk import DATA_OFFSET, read_metadata
+from support.processes import starting_pid
+from support.served import ServedDisk, serve
+from support.shell import until
+from support.variant import Variant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from support.device import Device, Ubi
+    from support.images import Image
+    from support.undo import Undo
+
+MIB = 1 << 20
+STRIPE = 64 << 10
+SIZE = 8 * MIB
+KILLS = 4
+MODES = pytest.mark.parametrize(
+    ("data_path", "queues"), [("zero-copy", 1), ("copy", 2)], ids=["zero-copy-1q", "copy-2q"],
+)
+
+
+@pytest.fixture(autouse=True)
+def no_watch() -> Iterator[None]:
+    """Bring back what died by hand: the place of the one that does it unasked is taken."""
+    RUN_ROOT.mkdir(mode=0o700, exist_ok=True)
+    fd = os.open(RUN_ROOT / ".watch.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    yield
+    os.close(fd)
+
+
+@pytest.fixture
+def busy(ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str]) -> Busy:
+    return Busy(ubi, make_image(SIZE - 3 * STRIPE - 512), make_base(SIZE))
+
+
+class Busy:
+    """A disk under load that is being hydrated, and what must be on it."""
+
+    def __init__(self, ubi: Ubi, image: Image, base: str) -> None:
+        self.ubi = ubi
+        self.image = image
+        self.device = ubi.new(image, base, stripe_size=STRIPE, size=SIZE, recovery=True)
+        self.record = Record(image.content, SIZE, STRIPE)
+        self.writers: Writers
+
+    def start(self, seed: int, **options: object) -> None:
+        self.device.start(**options)
+        self.device.call("hydrate", {"run": True, "rate": 2 * MIB})
+        self.writers = Writers(self.device, self.record, threads=4, seed=seed, first=1)
+
+    def recover(self) -> None:
+        answer = self.ubi.command("recover", self.device.name, "--json")
+        assert answer.code == 0, answer
+        [recovered] = json.loads(answer.stdout)["recovered"]
+        self.device.pid = recovered["pid"]
+        self.device.live = True
+
+    def go_on(self, writes: int) -> None:
+        """Let so many more writes complete."""
+        self.writers.wait_for(sum(self.writers.completed) + writes)
+        assert not self.writers.failed
+
+    def end(self) -> None:
+        """No request has failed, and all that was written is there, also when it is added anew."""
+        self.writers.join(stop=True)
+        assert not self.writers.failed
+        assert self.record.check(self.device) == 0
+        assert self.device.status()["generation"] == 1
+        self.device.reopen()
+        assert self.record.check(self.device) == 0
+        self.image.assert_untouched()
+
+
+# -- killed -------------------------------------------------------------------------------------
+
+@MODES
+def test_kills_are_not_noticed(busy: Busy, seed: int, data_path: str, queues: int) -> None:
+    rng = random.Random(seed)
+    busy.start(seed, data_path=data_path, queues=queues)
+    for _ in range(KILLS):
+        busy.go_on(rng.randrange(20, 200))
+        busy.device.kill()
+        assert not busy.writers.failed
+        busy.recover()
+    busy.go_on(50)
+    busy.end()
+
+
+def test_dying_amid_recovery_is_recoverable(busy: Busy, seed: int) -> None:
+    """Killed between any two of its steps, a new daemon leaves the disk to the next."""
+    rng = random.Random(seed)
+    busy.start(seed)
+    for _ in range(5):
+        busy.go_on(20)
+        busy.device.kill()
+        recovering = Background(lambda: busy.ubi.command("recover", busy.device.name))
+        dead = busy.device.pid
+        until(lambda: starting_pid(busy.device.name) not in (None, dead), "a new daemon")
+        pid = starting_pid(busy.device.name)
+        recovering.wait(rng.random() / 4)
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+        recovering.result()
+        until(lambda: pid is None or not Path(f"/proc/{pid}").exists(), "its end")
+        busy.recover()
+    busy.go_on(50)
+    busy.end()
+
+
+def test_what_died_is_shown_and_comes_back(busy: Busy, seed: int) -> None:
+    busy.start(seed)
+    busy.go_on(50)
+    busy.device.kill()
+    status = busy.ubi.command("status", busy.device.name)
+    assert status.code == 3
+    assert f"ublk-ubi recover {busy.device.name}" in status.stdout
+    refused = busy.ubi.command("del", busy.device.name)
+    assert (refused.code, busy.device.name in refused.stderr) == (5, True)
+    busy.recover()
+    again = busy.ubi.command("recover", busy.device.name)
+    assert (again.code, "nothing to do" in again.stderr) == (5, True)
+    busy.go_on(50)
+    busy.end()
+
+
+def test_add_takes_over_a_disk_in_use(busy: Busy, seed: int) -> None:
+    """What a service manager does: the same `add` again."""
+    busy.start(seed)
+    busy.go_on(50)
+    busy.device.kill()
+    busy.device.start()
+    busy.go_on(50)
+    busy.end()
+
+
+def test_a_forced_end_fails_what_waits(busy: Busy, seed: int) -> None:
+    busy.start(seed)
+    busy.go_on(20)
+    busy.device.kill()
+    busy.device.stop(force=True)
+    busy.writers.join()
+    assert busy.writers.failed
+    busy.device.start()
+    busy.record.check(busy.device)
+
+
+def test_without_recovery_there_is_nothing_to_recover(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],
+) -> None:
+    device = ubi.add(make_image(SIZE), make_base(SIZE), recovery=False)
+    device.kill()
+    refused = ubi.command("recover", device.name)
+    assert (refused.code, "--no-recovery" in refused.stderr) == (1, True)
+    assert refused.stderr.count("\n") == 1
+
+
+# -- the fence ----------------------------------------------------------------------------------
+
+# What makes a new daemon wait for the base's lock, and for START_USER_RECOVERY.
+NO_LOCK = [
+    ("fence.py", "fcntl.flock(fd, kind | fcntl.LOCK_NB)", "pass"),
+    ("base.py", "_OPEN_FLAGS | os.O_EXCL", "_OPEN_FLAGS"),
+]
+NO_UBLKC = [("session.py", "sync_fds[-1], self._ublkc, set(", "sync_fds[-1], -1, set(")]
+
+
+class Held:
+    """A disk whose daemon died with a write of its own to the base in flight."""
+
+    def __init__(self, ubi: Ubi, undo: Undo, image: Image) -> None:
+        self.ubi = ubi
+        self.base: ServedDisk = serve(undo, DATA_OFFSET + SIZE)
+        self.device: Device = ubi.new(image, self.base.path, stripe_size=STRIPE, recovery=True)
+
+    def kill_while_hydrating(self) -> None:
+        """… of a stripe that was read."""
+        self.device.start()
+        write(self.device, 0, b"h" * BLOCK)
+        flush(self.device)
+        self.base.hold(lambda request: request.changes and request.offset >= DATA_OFFSET)
+        read(self.device, 5 * STRIPE)
+        self.base.wait_for_held(1)
+        self.device.kill()
+        self.base.hold(None)
+
+    def kill_while_a_guest_writes(self) -> Background[None]:
+        """… of a guest, which waits: its write is returned."""
+        self.device.start()
+        write(self.device, 0, b"h" * BLOCK)
+        flush(self.device)
+        self.base.hold(lambda request: request.changes and request.offset >= DATA_OFFSET)
+        writer = Background(lambda: write(self.device, 0, b"o" * BLOCK))
+        self.base.wait_for_held(1)
+        self.device.kill()
+        self.base.hold(None)
+        return writer
+
+    def recover(self) -> Background[Outcome]:
+        """Begin to recover it, and wait until the new daemon is at it."""
+        recovering = Background(lambda: self.ubi.command("recover", self.device.name))
+        until(lambda: starting_pid(self.device.name) or recovering.done, "a new daemon")
+        return recovering
+
+    def expect_recovered(self, recovering: Background[Outcome]) -> None:
+        assert recovering.result().code == 0
+        self.device.pid = int((RUN_ROOT / self.device.name / "pid").read_text())
+        self.device.live = True
+        assert read_metadata(self.base.path).extension.generation == 1
+
+
+@pytest.fixture
+def held(ubi: Ubi, undo: Undo, make_image: Callable[..., Image]) -> Held:
+    return Held(ubi, undo, make_image(SIZE))
+
+
+def test_recovery_waits_until_a_guests_write_has_landed(held: Held) -> None:
+    writer = held.kill_while_a_guest_writes()
+    recovering = held.recover()
+    assert not recovering.wait(1.5)
+    assert not writer.done
+    assert len(held.base.held) == 1
+    held.base.release()
+    held.expect_recovered(recovering)
+    writer.result()
+    assert read(held.device, 0) == b"o" * BLOCK
+
+
+@pytest.mark.parametrize(
+    ("taken_out", "waits"),
+    [([], True), (NO_LOCK, True), (NO_UBLKC, True), (NO_LOCK + NO_UBLKC, False)],
+    ids=["both", "ublkc-alone", "lock-alone", "neither"],
+)
+def test_recovery_waits_until_a_stripe_has_landed(
+    held: Held, tmp_path: Path, taken_out: list[tuple[str, str, str]], waits: bool,
+) -> None:
+    """The lock on the base, and ublkc in the hydrator's ring: each alone keeps a newcomer out."""
+    variant = Variant(tmp_path)
+    for file, text, by in taken_out:
+        variant.replace(file, text, by)
+    with variant.in_use():
+        held.kill_while_hydrating()
+        recovering = held.recover()
+        assert recovering.wait(2.0 if waits else 20.0) is not waits
+        assert len(held.base.held) == 1
+        held.base.release()
+        held.expect_recovered(recovering)
+
+
+# -- ended and upgraded ------------------------------------------------------------------------
+
+def test_a_daemon_that_is_told_to_end_leaves_a_disk_in_use(busy: Busy, seed: int) -> None:
+    busy.start(seed)
+    busy.go_on(50)
+    os.kill(busy.device.pid, signal.SIGTERM)
+    until(lambda: not busy.device.running, "the daemon's end")
+    busy.device.live = False
+    status = busy.ubi.command("status", busy.device.name)
+    assert (status.code, "left" in status.stdout) == (3, True)
+    busy.recover()
+    busy.go_on(50)
+    busy.end()
+
+
+@MODES
+def test_upgrades_are_not_noticed(busy: Busy, seed: int, data_path: str, queues: int) -> None:
+    busy.start(seed, data_path=data_path, queues=queues)
+    for _ in range(KILLS):
+        busy.go_on(50)
+        before = busy.device.pid
+        outcome = busy.ubi.command("upgrade", busy.device.name, "--json")
+        assert outcome.code == 0, outcome
+        [upgraded] = json.loads(outcome.stdout)["upgraded"]
+        busy.device.pid = upgraded["pid"]
+        assert busy.device.pid != before
+        until(lambda before=before: not Path(f"/proc/{before}").exists(), "the old one's end")
+        print(f"requests waited {upgraded['pause_s']} s")
+    busy.go_on(50)
+    assert busy.device.status()["hydration"]["state"] in ("running", "done")
+    busy.end()
+
+
+def test_an_upgrade_that_fails_goes_back_to_the_old_daemon(
+    busy: Busy, seed: int, tmp_path: Path,
+) -> None:
+    busy.start(seed)
+    busy.go_on(50)
+    variant = Variant(tmp_path)
+    variant.replace("session.py", "        self._ublkc = self.device.open_char()\n",
+                    '        raise UbiError("planted")\n')
+    with variant.in_use():
+        outcome = busy.ubi.command("upgrade", busy.device.name)
+    assert (outcome.code, outcome.stderr.count("\n")) == (1, 1)
+    assert "planted" in outcome.stderr
+    assert "the old one goes on" in outcome.stderr
+    assert busy.device.running
+    busy.go_on(50)
+    busy.end()
+
+
+def test_an_upgrade_to_what_cannot_read_the_table_touches_nothing(
+    busy: Busy, seed: int, tmp_path: Path,
+) -> None:
+    busy.start(seed)
+    variant = Variant(tmp_path)
+    variant.replace("table.py", "VERSION = 1\n", "VERSION = 2\n")
+    with variant.in_use():
+        outcome = busy.ubi.command("upgrade", busy.device.name)
+    assert (outcome.code, "table of version 1" in outcome.stderr) == (1, True)
+    busy.go_on(50)
+    busy.end()
+
+
+# -- growing ------------------------------------------------------------------------------------
+
+def test_a_disk_grows_under_load(busy: Busy, seed: int) -> None:
+    busy.start(seed)
+    busy.go_on(50)
+    outcome = busy.ubi.command("resize", busy.device.name, 2 * SIZE)
+    assert outcome.code == 0, outcome
+    write(busy.device, 2 * SIZE - BLOCK, b"e" * BLOCK)
+    assert read(busy.device, SIZE, SIZE - BLOCK) == bytes(SIZE - BLOCK)
+    smaller = busy.ubi.command("resize", busy.device.name, SIZE)
+    assert (smaller.code, "not shrink" in smaller.stderr) == (1, True)
+    busy.device.kill()
+    busy.recover()
+    assert read(busy.device, 2 * SIZE - BLOCK) == b"e" * BLOCK
+    busy.go_on(50)
+    busy.device.options.pop("size")
+    busy.end()
+    assert read(busy.device, 2 * SIZE - BLOCK) == b"e" * BLOCK
