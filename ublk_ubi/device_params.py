@@ -14,6 +14,7 @@ from ublk_ubi import abi
 from ublk_ubi.abi import SECTOR_SIZE, Attr, DevState, Feature, ParamType
 from ublk_ubi.errors import UbiError
 
+SEGMENT_BOUNDARY = 1 << 32
 MAX_BLOCK_SHIFT = 28
 """The driver takes a physical block, io_min and io_opt of at most 256 MiB."""
 
@@ -117,7 +118,8 @@ class DeviceParams(msgspec.Struct, frozen=True, kw_only=True):
     """The disk's parameters, set between ADD_DEV and START_DEV.
 
     `io_opt` and `io_min` 0 mean the logical block size. `dma_alignment` 4096 wants every buffer at
-    a multiple of 4 KiB; None leaves the kernel's 4 bytes.
+    a multiple of 4 KiB; None leaves the kernel's 4 bytes. `max_segments` is how many pieces of memory
+    a request may have; None leaves the block layer's 128, and kernels before 6.15 know no other.
     """
 
     dev_sectors: int
@@ -133,6 +135,7 @@ class DeviceParams(msgspec.Struct, frozen=True, kw_only=True):
     rotational: bool = False
     discard: DiscardLimits | None = None
     dma_alignment: int | None = None
+    max_segments: int | None = None
 
     def pack(self) -> bytes:
         """Return a struct ublk_params.
@@ -171,6 +174,13 @@ class DeviceParams(msgspec.Struct, frozen=True, kw_only=True):
         if self.dma_alignment is not None:
             params.types |= int(ParamType.DMA_ALIGN)
             params.dma = abi.ParamDmaAlign(alignment=self.dma_alignment - 1)
+        if self.max_segments is not None:
+            params.types |= int(ParamType.SEGMENT)
+            params.seg = abi.ParamSegment(
+                seg_boundary_mask=SEGMENT_BOUNDARY - 1,
+                max_segment_size=self.max_sectors * SECTOR_SIZE,
+                max_segments=self.max_segments,
+            )
         return bytes(params)
 
     def _check_limits(self) -> None:
@@ -217,6 +227,7 @@ class DeviceParams(msgspec.Struct, frozen=True, kw_only=True):
             rotational=Attr.ROTATIONAL in attrs,
             discard=discard,
             dma_alignment=params.dma.alignment + 1 if ParamType.DMA_ALIGN in types else None,
+            max_segments=params.seg.max_segments if ParamType.SEGMENT in types else None,
         )
 
     def _attrs(self) -> Attr:

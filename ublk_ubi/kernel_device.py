@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import mmap
 import os
 import time
 from typing import TYPE_CHECKING
@@ -125,6 +126,8 @@ class KernelDevice:
                 max_discard_sectors=MAX_DISCARD // SECTOR,
                 max_write_zeroes_sectors=stripe_bytes // SECTOR,
             ),
+            # Else a stripe in scattered pages comes as two requests, and is hydrated for nothing.
+            max_segments=stripe_bytes // mmap.PAGESIZE + 1,
             # Zero copy: image and base get the guest's own pages.
             dma_alignment=max(SECTOR, alignment) if self.zero_copy else None,
         ))

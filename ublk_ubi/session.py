@@ -131,6 +131,7 @@ class Session(TableHost):
         self.upkeep.start()
         self._undo.callback(self.upkeep.stop)
         if options.hydrate:
+            self.upkeep.look_at_space()
             self.hydration.start()
         self.claim.write_options(options)
         self.base.keep()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import mmap
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -45,6 +47,24 @@ def load(device: Device, image: Image) -> bytearray:
         using.result()
     flush(device)
     return expected
+
+
+def test_a_stripe_in_scattered_memory_is_written_whole(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],
+) -> None:
+    """256 pages that are no neighbours are one request, not two: nothing is hydrated for it."""
+    device = ubi.add(make_image(4 * MIB), make_base(4 * MIB), stripe_size=MIB)
+    with mmap.mmap(-1, 2 * MIB) as memory, device.open() as disk, memoryview(memory) as view:
+        pages = [view[at : at + 4096] for at in range(0, 2 * MIB, 8192)]
+        for number, page in enumerate(pages):
+            page[:] = bytes([number % 251 + 1]) * 4096
+        assert os.pwritev(disk.fd, pages, MIB) == MIB
+        expected = b"".join(pages)
+        for page in pages:
+            page.release()
+    assert read(device, MIB, MIB) == expected
+    hydration = device.status()["hydration"]
+    assert (hydration["whole_stripe_writes"], hydration["stripes"]) == (1, 0)
 
 
 @pytest.mark.data_paths("zero-copy", "copy", "fallback")

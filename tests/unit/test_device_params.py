@@ -60,6 +60,14 @@ def test_dma_alignment_is_a_mask():
     assert params.dma.alignment == 511
 
 
+def test_segments_may_be_as_long_as_a_request_and_cross_no_boundary_that_matters():
+    params = packed(max_segments=257)
+    assert params.types == int(ParamType.BASIC | ParamType.SEGMENT)
+    assert params.seg.max_segments == 257
+    assert params.seg.max_segment_size == params.basic.max_sectors * 512
+    assert params.seg.seg_boundary_mask == (1 << 32) - 1
+
+
 blocks = st.sampled_from([512, 1024, 4096])
 
 
@@ -85,6 +93,7 @@ blocks = st.sampled_from([512, 1024, 4096])
             max_write_zeroes_sectors=st.integers(0, (1 << 32) - 1),
         ),
         dma_alignment=st.none() | st.sampled_from([1, 4, 512, 4096]),
+        max_segments=st.none() | st.integers(1, 65535),
     ),
 )
 def test_what_is_packed_is_unpacked(params):
