@@ -271,6 +271,18 @@ cdef void on_write_done(Queue* queue, uint16_t tag, int32_t result,
         complete(queue, tag, 0, actions)
 
 
+cdef void on_image_read(Queue* queue, uint16_t tag, int32_t result,
+                        Actions* actions) noexcept nogil:
+    cdef Request* request = &queue.requests[tag]
+    if image_lost(queue.shared):
+        # Read before that or after: nobody can tell.
+        result = -EIO
+    if result < 0 and stripe_state(queue.shared, request.stripe) >= PRESENT:
+        start_io(queue, tag, READING_BASE, ACT_READ_BASE, False, actions)
+    else:
+        complete(queue, tag, result, actions)
+
+
 cdef void on_discard_done(Queue* queue, uint16_t tag, int32_t result,
                           Actions* actions) noexcept nogil:
     if result < 0:
@@ -308,10 +320,7 @@ cdef void on_done(Queue* queue, const Event* event, Actions* actions) noexcept n
     if request.state == READING_BASE:
         complete(queue, tag, event.result, actions)
     elif request.state == READING_IMAGE:
-        if event.result < 0 and stripe_state(queue.shared, request.stripe) >= PRESENT:
-            start_io(queue, tag, READING_BASE, ACT_READ_BASE, False, actions)
-        else:
-            complete(queue, tag, event.result, actions)
+        on_image_read(queue, tag, event.result, actions)
     elif request.state == WRITING:
         on_write_done(queue, tag, event.result, actions)
     elif request.state == DISCARDING:
