@@ -265,6 +265,8 @@ cdef void fail_demand(Hydrator* hydrator, Actions* actions) noexcept nogil:
     while stripe != NONE32:
         hydrator.stats.errors += 1
         set_state(hydrator, stripe, ABSENT)
+        if hydrator.life == LIFE_STARTING:
+            started(hydrator, -EIO, actions)
         wake(hydrator, stripe, -EIO, actions)
         stripe = fifo_pop(&hydrator.demand)
 
