@@ -586,6 +586,8 @@ cdef void settle(Hydrator* hydrator, Actions* actions) noexcept nogil:
         start_round(hydrator, actions)
     elif hydrator.life == LIFE_STARTING:
         started(hydrator, 0, actions)
+        # What was asked for meanwhile, and that waits for no other event.
+        start_fetches(hydrator, actions)
     else:
         stopped(hydrator, 0, actions)
 
