@@ -276,7 +276,8 @@ cdef void fail_demand(Hydrator* hydrator, Actions* actions) noexcept nogil:
 cdef void start_background(Hydrator* hydrator, Actions* actions) noexcept nogil:
     """Copy the next stripes that nobody has asked for, as far as budget and buffers go."""
     cdef Shared* shared = hydrator.shared
-    if hydrator.retry_ticks > 0 or hydrator.hydrated or latched(hydrator):
+    if (hydrator.retry_ticks > 0 or latched(hydrator)
+            or hydrator.stats.present == shared.image_stripes):
         return
     while (hydrator.free_count > hydrator.reserve
             and hydrator.background_fetches < hydrator.background_most
@@ -285,7 +286,9 @@ cdef void start_background(Hydrator* hydrator, Actions* actions) noexcept nogil:
                 and (shared.state[hydrator.cursor] & ~<uint8_t>WANTED) != ABSENT):
             hydrator.cursor += 1
         if hydrator.cursor == shared.image_stripes:
-            end_pass(hydrator)
+            # What is under way may fail, and counts for this pass.
+            if hydrator.background_fetches == 0:
+                end_pass(hydrator)
             return
         hydrator.budget -= shared.stripe_bytes
         start_fetch(hydrator, hydrator.cursor, True, actions)
@@ -325,6 +328,8 @@ cdef void on_hydrate(Hydrator* hydrator, bint on, Actions* actions) noexcept nog
 cdef void tick_background(Hydrator* hydrator, Actions* actions) noexcept nogil:
     if hydrator.background and hydrator.retry_ticks > 0:
         hydrator.retry_ticks -= 1
+        if hydrator.retry_ticks == 0:
+            hydrator.pass_failed = 0
         start_fetches(hydrator, actions)
 
 
