@@ -12,7 +12,8 @@
 
 Invariants
 - No header bit is trusted before an fdatasync: what was read may be in a cache alone. If that one
-  fails, what a killed daemon had written is lost: its table is latched, and not gone on with.
+  fails, what a killed daemon had written is lost: its table is latched, and not gone on with,
+  also where the opening would be refused for another image or stripe size: it is told once.
 - Page 0, the magic, is the last thing that creation writes: without it nothing is a disk of ours.
 - Formatting takes the slots of an old disk away first: cut short, it leaves no old disk that opens
   and has lost some of its headers or of its data.
@@ -20,7 +21,6 @@ Invariants
   says that it is closed. A table under its temporary name has never served a request.
 - Whoever finds the base open in this boot without its very table refuses: acknowledged writes may
   be known to that table alone.
-
 - Without an image only a base opens whose headers say that it has every stripe.
 
 Who opens, what is found

@@ -205,7 +205,10 @@ cdef void check_recorded(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     """A disk of ours: what it records governs."""
     cdef LifecycleOptions* options = &lifecycle.options
     lifecycle.stripe_bytes = lifecycle.slot.stripe_bytes
-    if options.no_image:
+    if lifecycle.errno_ != 0:
+        # It will not be opened (decide); whatever was asked for, its table must learn why.
+        options.stripe_bytes = 0
+    if options.no_image or lifecycle.errno_ != 0:
         options.image_bytes = lifecycle.slot.image_bytes
         memcpy(options.fingerprint, lifecycle.slot.fingerprint, 32)
     if options.stripe_bytes != 0 and options.stripe_bytes != lifecycle.slot.stripe_bytes:
@@ -225,11 +228,11 @@ cdef void read_pages(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     cdef uint64_t left
     if lifecycle.phase != PHASE_READ_PAGES:
         lifecycle.position = 0
-    if lifecycle.position == end and lifecycle.options.no_image and not is_full(lifecycle):
-        refuse(lifecycle, REFUSE_NEEDS_IMAGE)
-        return
     if lifecycle.position == end:
-        host(lifecycle, PHASE_FIND_TABLE, HOST_FIND_TABLE, actions)
+        if lifecycle.options.no_image and not is_full(lifecycle) and lifecycle.errno_ == 0:
+            refuse(lifecycle, REFUSE_NEEDS_IMAGE)
+        else:
+            host(lifecycle, PHASE_FIND_TABLE, HOST_FIND_TABLE, actions)
         return
     left = end - lifecycle.position
     transfer(lifecycle, PHASE_READ_PAGES, ACT_READ_BASE, MEM_PAGE,
