@@ -323,6 +323,34 @@ def test_a_head_that_does_not_fit_the_slot_is_another_programs() -> None:
     assert refused(disk, tables, adopt=True, force=True, force_stale=True) == "DAMAGED"
 
 
+@pytest.mark.parametrize("name", ["sequence", "generation"])
+def test_a_number_near_its_end_is_damage_of_the_slot_that_counts(name: str) -> None:
+    """2^62: nobody has opened a disk so often, and a number that begins again at 0 counts for nothing.
+    The slot is not passed over: what is in the other one is older."""
+    disk, tables = made(1)
+    slot = {key: value for key, value in disk.current()._asdict().items()
+            if key not in ("crc_fits", "crc32c")} | {"sequence": 4}
+    for number in (1 << 62, (1 << 63) - 1, 1 << 63, (1 << 64) - 1):
+        disk.put(ubiformat.SLOT_OFFSETS[1], ubiformat.build_slot(**(slot | {name: number})))
+        for options in ({}, {"adopt": True, "force": True, "force_stale": True}):
+            assert refused(disk, tables, **options) == "DAMAGED"
+    # A slot that does not count may say what it will.
+    if name == "generation":
+        disk.put(ubiformat.SLOT_OFFSETS[1],
+                 ubiformat.build_slot(**(slot | {name: 1 << 62, "sequence": 1})))
+        assert open_base(disk.copy(), tables.copy()).steps.identity["generation"] == 2
+    # What is newer is told first: it may count otherwise.
+    disk.put(ubiformat.SLOT_OFFSETS[1], ubiformat.build_slot(**(slot | {name: 1 << 62,
+                                                                        "version": 2})))
+    assert refused(disk, tables) == "NEWER"
+    # The last number that is none of these goes on, once.
+    disk.put(ubiformat.SLOT_OFFSETS[1], ubiformat.build_slot(**(slot | {name: (1 << 62) - 1})))
+    opening = open_base(disk, tables)
+    assert getattr(disk.current(), name) == 1 << 62
+    opening.run(t.EVENT_STOP)
+    assert refused(disk, tables) == "DAMAGED"
+
+
 @pytest.mark.parametrize(("major", "minor"), [(1, 1), (1, 2), (0, 0), (0, 3), (0, 256), (256, 1),
                                               (0xFFFF, 0xFFFF)])
 def test_unknown_versions(major: int, minor: int) -> None:
