@@ -207,9 +207,10 @@ cdef inline uint64_t next_stripe(Shared* shared, uint64_t offset) noexcept nogil
 
 
 cdef inline bint is_valid(Shared* shared, const Event* event) noexcept nogil:
-    """What the kernel sends: chunk_sectors keeps all but a DISCARD inside a stripe."""
+    """What the kernel sends: chunk_sectors keeps all but a DISCARD inside a stripe, and a result
+    counts a DISCARD's bytes in 31 bits."""
     cdef uint64_t device_bytes = load_u64(&shared.device_bytes)
-    if (event.length == 0 or event.offset >= device_bytes
+    if (event.length == 0 or event.length >> 31 or event.offset >= device_bytes
             or event.length > device_bytes - event.offset):
         return False
     return (event.op == OP_DISCARD
