@@ -344,6 +344,10 @@ cdef class Engines:
     def latch(self, uint32_t value):
         self.latch_word = value
 
+    def lose_image(self):
+        """What the control thread does once the image is not what it was."""
+        self.shared.image_lost = 1
+
     @property
     def undurable(self):
         return self.shared.undurable

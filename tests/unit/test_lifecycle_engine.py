@@ -325,8 +325,10 @@ def test_a_head_that_does_not_fit_the_slot_is_another_programs() -> None:
 
 @pytest.mark.parametrize("name", ["sequence", "generation"])
 def test_a_number_near_its_end_is_damage_of_the_slot_that_counts(name: str) -> None:
-    """2^62: nobody has opened a disk so often, and a number that begins again at 0 counts for nothing.
-    The slot is not passed over: what is in the other one is older."""
+    """2^62: nobody has opened a disk so often, and what begins again at 0 would count for nothing.
+
+    The slot is not passed over: what is in the other one is older.
+    """
     disk, tables = made(1)
     slot = {key: value for key, value in disk.current()._asdict().items()
             if key not in ("crc_fits", "crc32c")} | {"sequence": 4}

@@ -36,6 +36,17 @@ def write_base(tag: int, offset: int, length: int, *, dsync: bool = False) -> t.
     return request_io(t.ACT_WRITE_BASE, tag, t.DATA_OFFSET + offset, length, dsync=dsync)
 
 
+def zero_base(tag: int, offset: int, length: int, *, unmap: bool = True) -> t.Act:
+    """Make a range of the base read zeros, from a byte of the device."""
+    return request_io(t.ACT_ZERO_BASE, tag, t.DATA_OFFSET + offset, length)._replace(
+        unmap=int(unmap))
+
+
+def discard_base(tag: int, offset: int, length: int) -> t.Act:
+    """Give up a range of the base, from a byte of the device."""
+    return act(t.ACT_DISCARD_BASE, token=tag, tag=tag, offset=t.DATA_OFFSET + offset, length=length)
+
+
 def ask(message: int, tag: int, stripe: int = 0, *, queue: int = 0, result: int = 0) -> t.Act:
     """Send a message, either way."""
     return act(t.ACT_SEND, message=message, queue=queue, tag=tag, stripe=stripe, result=result)
@@ -66,6 +77,11 @@ def store(buffer: int, stripe: int, stripe_bytes: int) -> t.Act:
     return act(t.ACT_WRITE_BASE, memory=t.MEM_STRIPE, index=buffer, token=buffer, stripe=stripe,
                offset=t.DATA_OFFSET + stripe * stripe_bytes, length=stripe_bytes,
                minimum=stripe_bytes)
+
+
+def store_zeros(buffer: int, stripe: int, stripe_bytes: int) -> t.Act:
+    """Make a stripe of the base read zeros."""
+    return store(buffer, stripe, stripe_bytes)._replace(kind=t.ACT_ZERO_BASE, unmap=1)
 
 
 def write_page(token: int, page: int) -> t.Act:
