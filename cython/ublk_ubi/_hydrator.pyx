@@ -291,7 +291,8 @@ cdef void start_background(Hydrator* hydrator, Actions* actions) noexcept nogil:
                 end_pass(hydrator)
             return
         hydrator.budget -= shared.stripe_bytes
-        start_fetch(hydrator, hydrator.cursor, True, actions)
+        hydrator.cursor += 1
+        start_fetch(hydrator, hydrator.cursor - 1, True, actions)
 
 
 cdef void end_pass(Hydrator* hydrator) noexcept nogil:
