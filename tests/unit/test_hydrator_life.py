@@ -91,9 +91,10 @@ def test_start_while_hints_wait_fetches_them_once_it_runs() -> None:
     b = Bench(start=False, present=(0,))
     b.step(t.EVENT_START)
     assert b.want(S) == []
-    b.finish()
-    assert b.e.life == t.LIFE_RUNNING
-    assert b.want(2) == [fetch(0, S, STRIPE), fetch(1, 2, STRIPE)]
+    b.done(b.sync_token)
+    b.done(b.page_token())
+    assert b.synced_now() == [act(STARTED), fetch(0, S, STRIPE)]
+    assert b.want(2) == [fetch(1, 2, STRIPE)]
 
 
 # -- stopping -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ LEGAL_MOVES = {
     (t.OVERWRITING, t.ABSENT), (t.PRESENT, t.DURABLE),
     (t.OVERWRITING, t.FETCHING),       # failed, and somebody waits
 }
+IO = (t.ACT_READ_IMAGE, t.ACT_WRITE_BASE, t.ACT_ZERO_BASE, t.ACT_SYNC_BASE)
 
 
 class Bench:
@@ -28,6 +29,8 @@ class Bench:
         self.in_flight: dict[int, t.Act] = {}
         self.synced: set[int] = set()  # stripes whose data a finished fdatasync has covered
         self.written: list[tuple[int, set[int]]] = []  # pages, and the bits in them when written
+        self.hydrated = 0              # how often it was said
+        self.lost = False
         if start:
             assert self.step(t.EVENT_START) == [act(t.ACT_STARTED)]
 
@@ -43,21 +46,45 @@ class Bench:
             self.synced |= in_round(self.e)
         assert header_bits(self.e) <= self.synced | durable(self.e)
         assert self.e.hydrator_stats["rounds"] - rounds <= 1
+        self.hydrated += self.says_hydrated(actions)
         for action in actions:
-            if action.kind in (t.ACT_READ_IMAGE, t.ACT_WRITE_BASE, t.ACT_SYNC_BASE):
+            if action.kind in IO:
                 assert action.token not in self.in_flight
                 self.in_flight[action.token] = action
+            assert not self.lost or action.kind != t.ACT_READ_IMAGE
             if action.memory == t.MEM_PAGE:
                 self.written.append((action.index, header_bits(self.e)))
             if action.kind == t.ACT_STOPPED:
                 assert not self.in_flight
         return actions
 
-    def done(self, token: int, result: int | None = None) -> list[t.Act]:
-        """End an action, well if no result is given."""
+    def says_hydrated(self, actions: list[t.Act]) -> bool:
+        """Tell whether it does, and check that it does when it must: once, of a running device."""
+        said = [action for action in actions if action.kind == t.ACT_HYDRATED]
+        assert said in ([], [act(t.ACT_HYDRATED)])
+        all_durable = set(self.e.state_bytes) == {t.DURABLE}
+        assert all_durable or not said
+        if self.e.life == t.LIFE_RUNNING:
+            assert self.hydrated + len(said) == all_durable
+        return bool(said)
+
+    def done(self, token: int, result: int | None = None, *, zeros: bool = False) -> list[t.Act]:
+        """End an action, well if no result is given; `zeros` is what was read."""
         action = self.in_flight.pop(token)
-        return self.step(t.EVENT_DONE, token=token,
+        return self.step(t.EVENT_DONE, token=token, zeros=int(zeros),
                          result=action.length if result is None else result)
+
+    def background(self, on: bool = True) -> list[t.Act]:
+        """Begin to copy all of the image, or pause."""
+        return self.step(t.EVENT_HYDRATE, op=int(on))
+
+    def budget(self, stripes: int) -> list[t.Act]:
+        """Let it copy so many stripes unasked."""
+        return self.step(t.EVENT_BUDGET, offset=stripes * STRIPE)
+
+    def lose_image(self) -> None:
+        self.lost = True
+        self.e.lose_image()
 
     def tell(self, message: int, tag: int = 0, stripe: int = 0, result: int = 0,
              queue: int = 0) -> list[t.Act]:
