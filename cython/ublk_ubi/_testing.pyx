@@ -53,6 +53,13 @@ cdef extern from *:
     {
         return sqe->rw_flags;
     }
+    static inline unsigned ubi_sqe_buffer(const struct io_uring_sqe *sqe) { return sqe->buf_index; }
+    static inline uint64_t ubi_sqe_addr3(const struct io_uring_sqe *sqe)
+    {
+        uint64_t value;
+        memcpy(&value, sqe->cmd, sizeof(value));
+        return value;
+    }
     /* Waits for an eventfd and clears it; 0, or -1 after the time. */
     static inline int ubi_await(int fd, int timeout_ms)
     {
@@ -67,6 +74,8 @@ cdef extern from *:
     int eventfd_write(int fd, uint64_t value) noexcept nogil
     int sched_yield() noexcept nogil
     uint32_t ubi_sqe_rw_flags(const io_uring_sqe* sqe) noexcept nogil
+    unsigned ubi_sqe_buffer(const io_uring_sqe* sqe) noexcept nogil
+    uint64_t ubi_sqe_addr3(const io_uring_sqe* sqe) noexcept nogil
 
 cdef dict NAMES = {
     # stripe states and flags
@@ -643,7 +652,8 @@ cdef class MailboxBench:
 
 # -- ring -----------------------------------------------------------------------------------------
 
-Sqe = namedtuple("Sqe", "opcode flags fd offset address length rw_flags user_data")
+Sqe = namedtuple("Sqe", "opcode flags fd offset address length rw_flags user_data buffer addr3",
+                 defaults=(0, 0))
 
 
 cdef class RingBench:
@@ -684,15 +694,18 @@ cdef class RingBench:
         ring_action(&self.ring, &action)
 
     def pending(self):
-        """The SQEs that are not submitted yet; addresses are bytes of `memory`."""
+        """The SQEs that are not submitted yet; an address within `memory` counts from its start."""
         cdef const io_uring_sqe* sqe
         cdef unsigned i
         found = []
         for i in range(ubi_pending(&self.ring.uring)):
             sqe = ubi_pending_sqe(&self.ring.uring, i)
-            found.append(Sqe(sqe.opcode, sqe.flags, sqe.fd, sqe.off,
-                             sqe.addr - self.address if sqe.addr else None, sqe.len,
-                             ubi_sqe_rw_flags(sqe), sqe.user_data))
+            address = sqe.addr if sqe.addr else None
+            if self.address <= sqe.addr < self.address + 5 * self.area:
+                address -= self.address
+            found.append(Sqe(sqe.opcode, sqe.flags, sqe.fd, sqe.off, address, sqe.len,
+                             ubi_sqe_rw_flags(sqe), sqe.user_data, ubi_sqe_buffer(sqe),
+                             ubi_sqe_addr3(sqe)))
         return found
 
     def enter(self, uint64_t timeout_ns=0):
@@ -726,8 +739,11 @@ cdef class RingBench:
         return ring_register_requests(&self.ring, len(registered))
 
     def describe_base(self, *, bint is_block=False, uint32_t block=512, uint64_t zeros_at=0,
-                      uint32_t zeros_bytes=0):
-        """What the base is; `zeros_at` is the byte of `memory` that zeros are written from."""
+                      uint32_t zeros_bytes=0, bint only_writes=False):
+        """What the base is; `zeros_at` is the byte of `memory` that zeros are written from;
+        `only_writes`: it has said that it can neither punch nor zero a range."""
+        self.ring.lacks_punch = only_writes
+        self.ring.lacks_range = only_writes
         self.ring.base_is_block = is_block
         self.ring.block = block
         self.ring.zeros = <const uint8_t*>(self.address + zeros_at)

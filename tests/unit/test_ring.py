@@ -11,20 +11,18 @@ import os
 import random
 import threading
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
 from enginekit.forked import broken_invariant
+from enginekit.rings import STRIPE, files, ring, settle, user_data
 
 from ublk_ubi import _testing as t
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 KIB = 1 << 10
-STRIPE = 64 * KIB
 EIO = errno.EIO
 MAX_RETRIES = 100
 # From the kernel's io_uring.h and fs.h.
@@ -45,46 +43,6 @@ def _io_uring() -> None:
         if error.errno in (errno.ENOSYS, errno.EPERM):
             pytest.skip("io_uring is not allowed here: run it in tools/lab")
         raise
-
-
-def ring(**options) -> t.RingBench:
-    return t.RingBench(area=4 * STRIPE, stride=STRIPE, **options)
-
-
-def user_data(kind: int, index: int = 0) -> int:
-    return kind << 56 | index
-
-
-@contextmanager
-def files(folder: Path, *, image: bytes = b"", base_bytes: int = 0) -> Iterator[dict[str, int]]:
-    """Open an image and a base, the latter twice, as the data plane does."""
-    (folder / "image").write_bytes(image)
-    (folder / "base").touch()
-    os.truncate(folder / "base", base_bytes)
-    fds = {
-        "image": os.open(folder / "image", os.O_RDONLY),
-        "base": os.open(folder / "base", os.O_RDWR),
-        "sync": os.open(folder / "base", os.O_RDWR),
-    }
-    try:
-        yield fds
-    finally:
-        for fd in fds.values():
-            os.close(fd)
-
-
-def settle(r: t.RingBench, *tokens: int) -> dict[int, int]:
-    """Run until these operations have ended; return their results."""
-    results: dict[int, int] = {}
-    while set(results) != set(tokens):
-        r.enter(5_000_000_000)
-        found = r.cqes()
-        assert found, "no answer within five seconds"
-        for kind, token, res in found:
-            assert kind == t.CQE_OP
-            if (result := r.op_done(token, res)) is not None:
-                results[token] = result
-    return results
 
 
 # -- what is asked of the kernel ------------------------------------------------------------------
@@ -292,7 +250,7 @@ def test_what_must_not_happen_ends_the_process() -> None:
     assert broken_invariant(lambda: again.action(t.ACT_SYNC_BASE, token=4)) == (
         "a token is below the number of operations")
     assert broken_invariant(lambda: again.action(t.ACT_SEND, token=1)) == (
-        "an operation reads, writes or syncs")
+        "an operation is I/O on image or base")
     assert broken_invariant(
         lambda: again.action(t.ACT_READ_IMAGE, token=1, length=512, minimum=100),
     ) == "a stripe is a multiple of the alignment"
