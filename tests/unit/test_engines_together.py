@@ -22,6 +22,8 @@ QUEUES, DEPTH = 2, 3
 NUMBERS = st.integers(0, 999)
 ERRORS = st.sampled_from([errno.EIO, errno.ENOSPC, errno.ENODATA])
 READ, WRITE, FLUSH = t.OP_READ, t.OP_WRITE, t.OP_FLUSH
+DISCARD, ZEROES = t.OP_DISCARD, t.OP_WRITE_ZEROES
+MODES = [t.CACHE_WRITEBACK, t.CACHE_WRITETHROUGH, t.CACHE_UNSAFE]
 
 
 class Device(RuleBasedStateMachine):
@@ -29,23 +31,36 @@ class Device(RuleBasedStateMachine):
 
     LIE = ""
 
-    @initialize(copy_on_read=st.booleans())
-    def start(self, copy_on_read: bool) -> None:
-        self.world = World(queues=QUEUES, depth=DEPTH, copy_on_read=copy_on_read, lie=self.LIE)
+    @initialize(copy_on_read=st.booleans(), cache=st.sampled_from(MODES), hydrate=st.booleans())
+    def start(self, copy_on_read: bool, cache: int, hydrate: bool) -> None:
+        self.world = World(queues=QUEUES, depth=DEPTH, copy_on_read=copy_on_read, cache=cache,
+                           lie=self.LIE)
+        if hydrate:
+            self.world.budget(1 << 20)
+            self.world.hydrate(True)
 
     def idle(self) -> list[tuple[int, int]]:
         return [(queue, tag) for queue in range(QUEUES) for tag in range(DEPTH)
                 if (queue, tag) not in self.world.requests]
 
     @precondition(lambda self: self.idle())
-    @rule(pick=NUMBERS, op=st.sampled_from([READ, WRITE, WRITE, WRITE, FLUSH]), fua=st.booleans(),
-          block=st.integers(0, BLOCKS - 1), whole=st.booleans())
-    def submit(self, pick: int, op: int, fua: bool, block: int, whole: bool) -> None:
+    @rule(pick=NUMBERS, op=st.sampled_from([READ, WRITE, WRITE, WRITE, ZEROES, FLUSH]),
+          fua=st.booleans(), block=st.integers(0, BLOCKS - 1), whole=st.booleans(),
+          unmap=st.booleans())
+    def submit(self, pick: int, op: int, fua: bool, block: int, whole: bool, unmap: bool) -> None:
         idle = self.idle()
         queue, tag = idle[pick % len(idle)]
         if whole:
             block -= block % 2
-        self.world.submit(queue, tag, op, block, 2 if whole else 1, fua=fua and op == WRITE)
+        self.world.submit(queue, tag, op, block, 2 if whole else 1,
+                          fua=fua and op in (WRITE, ZEROES), unmap=unmap)
+
+    @precondition(lambda self: self.idle())
+    @rule(pick=NUMBERS, block=st.integers(0, BLOCKS - 1), count=st.integers(1, BLOCKS))
+    def discard(self, pick: int, block: int, count: int) -> None:
+        idle = self.idle()
+        queue, tag = idle[pick % len(idle)]
+        self.world.submit(queue, tag, DISCARD, block, min(count, BLOCKS - block))
 
     @precondition(lambda self: any(self.world.to_hydrator))
     @rule(pick=NUMBERS)
@@ -87,6 +102,21 @@ class Device(RuleBasedStateMachine):
     def tick(self) -> None:
         self.world.tick()
 
+    @rule(on=st.booleans())
+    def hydrate(self, on: bool) -> None:
+        self.world.hydrate(on)
+
+    @rule(stripes=st.sampled_from([0, 1, 2, 1 << 20]))
+    def budget(self, stripes: int) -> None:
+        self.world.budget(stripes)
+
+    @precondition(lambda self: not self.world.lost)
+    @rule(lot=st.integers(0, 15))
+    def image_is_lost(self, lot: int) -> None:
+        """Rarely: it ends much of what is interesting."""
+        if lot == 15:
+            self.world.lose_image()
+
     def teardown(self) -> None:
         if hasattr(self, "world"):
             self.world.stop()
@@ -98,11 +128,32 @@ Device.TestCase.settings = settings(
 TestDevice = Device.TestCase
 
 
-@pytest.mark.parametrize("lie", ["fdatasync", "header bits", "table"])
+@pytest.mark.parametrize("lie", ["fdatasync", "header bits", "table", "zeroing"])
 def test_a_world_that_lies_is_found_out(lie: str) -> None:
-    """An fdatasync that saves nothing, header bits too early, a table that is lost."""
+    """An fdatasync that saves nothing, header bits too early, a lost table, zeros that are none."""
     machine = type(Device)(f"Lying about {lie}", (Device,), {"LIE": lie})
     with pytest.raises(AssertionError, match=r"after a (power loss|kill) block \d+ is"):
         run_state_machine_as_test(machine, settings=settings(
             max_examples=300, stateful_step_count=60, suppress_health_check=HEALTH,
             phases=[Phase.generate], derandomize=True, database=None))
+
+
+@pytest.mark.parametrize("cache", MODES)
+def test_a_world_is_hydrated_with_a_read_of_the_image_under_way(cache: int) -> None:
+    """HYDRATED lets go of the image: a read of it may fail, and finds the stripe on the base."""
+    world = World(queues=QUEUES, depth=DEPTH, copy_on_read=False, cache=cache)
+    world.submit(0, 0, READ, 0, 1)
+    (read,) = world.operations
+    world.budget(1 << 20)
+    world.hydrate(True)
+    while not world.hydrated:
+        others = [key for key in world.operations if key != read]
+        if others:
+            world.end(others[0])
+        else:
+            world.tick()
+    assert world.e.hydrator_stats["zeros"] == 1
+    world.end(read, choice=1)
+    (again,) = world.operations
+    assert world.operations[again].action.kind == t.ACT_READ_BASE
+    world.stop()

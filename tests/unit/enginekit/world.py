@@ -21,17 +21,23 @@ if TYPE_CHECKING:
 STRIPE = 64 << 10
 BLOCK = STRIPE // 2                # the unit of content
 IMAGE_BYTES = 5 * STRIPE + BLOCK   # the last stripe is half the image's
+ZERO_STRIPE = 3                    # all zeros in the image
 STRIPES = 6                        # of the image; two more are the device's alone
 BLOCKS = 2 * (STRIPES + 2)
 BUFFERS = 2
 NEVER = 1 << 60
 HYDRATOR = -1
+CHANGES_BASE = (t.ACT_WRITE_BASE, t.ACT_ZERO_BASE, t.ACT_DISCARD_BASE)
+NO_BYTES = (t.ACT_SYNC_BASE, t.ACT_ZERO_BASE, t.ACT_DISCARD_BASE)   # their result counts none
 GARBAGE, ZERO = "garbage", "zero"  # what a base holds that nobody wrote
+CHANGED = "changed"                # what an image holds that is lost
 
 
 def image_content(block: int) -> str:
     """Give what a block is before anybody writes it."""
-    return f"image {block}" if block * BLOCK < IMAGE_BYTES else ZERO
+    if block // 2 == ZERO_STRIPE or block * BLOCK >= IMAGE_BYTES:
+        return ZERO
+    return f"image {block}"
 
 
 # -- what may be found --------------------------------------------------------------------------
@@ -44,7 +50,8 @@ class Written:
     value: object
     issued: int
     ended: int = NEVER             # a write that failed may still take effect
-    promised: bool = False         # a flush or FUA has said that it is durable
+    promised: bool = False         # it was said to be durable
+    hint: bool = False             # a discard: from then on zeros may be found, or what was there
 
 
 class History:
@@ -56,14 +63,15 @@ class History:
     def may_read(self, value: object, start: int) -> bool:
         """Whether a read that began at `start` may return `value`."""
         return any(
-            not any(later.issued > write.ended and later.ended < start for later in self.writes)
+            not any(later.issued > write.ended and later.ended < start
+                    for later in self.writes if not later.hint)
             for write in self.writes if write.value == value
         )
 
     def may_survive(self, value: object, *, power_loss: bool) -> bool:
         """Whether `value` may be there after a crash."""
-        kept = [write for write in self.writes
-                if (write.promised if power_loss else write.ended < NEVER)]
+        kept = [write for write in self.writes if not write.hint
+                and (write.promised if power_loss else write.ended < NEVER)]
         return any(
             not any(later.issued > write.ended for later in kept)
             for write in self.writes if write.value == value
@@ -94,7 +102,7 @@ class Request:
     op: int
     issued: int
     blocks: list[int]
-    fua: bool
+    durable: bool                  # is to be when it completes
     latched: bool                  # was the latch set when it came?
     writes: list[Written] = field(default_factory=list)
     found: list[object] | None = None
@@ -114,13 +122,13 @@ class World:
     """The device. `lie` makes it break one promise, to see that this is noticed."""
 
     def __init__(self, *, queues: int = 2, depth: int = 3, copy_on_read: bool = True,
-                 lie: str = "") -> None:
-        self.depth, self.lie = depth, lie
+                 cache: int = t.CACHE_WRITEBACK, lie: str = "") -> None:
+        self.depth, self.cache, self.lie = depth, cache, lie
         # One stripe is PRESENT, as a killed daemon leaves it, and one DURABLE.
         self.e = t.Engines(
             stripes=STRIPES, queues=queues, depth=depth, stripe_bytes=STRIPE, buffers=BUFFERS,
             image_bytes=IMAGE_BYTES, device_bytes=BLOCKS * BLOCK, copy_on_read=copy_on_read,
-            present=(1,), durable=(2,),
+            cache=cache, present=(1,), durable=(2,),
         )
         self.now = 0
         self.cells: dict[object, Cell] = {}
@@ -140,6 +148,8 @@ class World:
         self.started: int | None = None
         self.stopped: int | None = None
         self.faults = 0
+        self.lost = False              # the image is not what it was
+        self.hydrated = False          # the image may have been closed
         self._hydrator(t.EVENT_START)
         self.drain()
         assert self.started == 0
@@ -147,18 +157,23 @@ class World:
     # -- events; each may be chosen at any time --
 
     def submit(self, queue: int, tag: int, op: int, block: int, count: int, *,
-               fua: bool = False) -> None:
-        """Send a request, of blocks that lie in one stripe."""
+               fua: bool = False, unmap: bool = False) -> None:
+        """Send a request, of blocks that lie in one stripe unless it is a discard."""
         assert (queue, tag) not in self.requests
         blocks = [] if op == t.OP_FLUSH else list(range(block, block + count))
-        request = Request(op, self.now, blocks, fua, self.e.latch != 0)
-        if op == t.OP_WRITE:
-            request.writes = [Written((self.now, block), self.now) for block in blocks]
+        changes = op in (t.OP_WRITE, t.OP_WRITE_ZEROES, t.OP_DISCARD)
+        durable = (changes and op != t.OP_DISCARD and self.cache != t.CACHE_UNSAFE
+                   and (fua or self.cache == t.CACHE_WRITETHROUGH))
+        request = Request(op, self.now, blocks, durable, self.e.latch != 0)
+        if changes:
+            request.writes = [
+                Written((self.now, block) if op == t.OP_WRITE else ZERO, self.now,
+                        hint=op == t.OP_DISCARD) for block in blocks]
             for block_number, write in zip(blocks, request.writes, strict=True):
                 self.history[block_number].writes.append(write)
         self.requests[queue, tag] = request
-        self._queue(queue, t.EVENT_REQUEST, op=op, tag=tag, fua=int(fua), offset=block * BLOCK,
-                    length=len(blocks) * BLOCK)
+        self._queue(queue, t.EVENT_REQUEST, op=op, tag=tag, fua=int(fua), unmap=int(unmap),
+                    offset=block * BLOCK, length=len(blocks) * BLOCK)
 
     def deliver_to_hydrator(self, queue: int) -> None:
         """Let the hydrator take a queue's oldest message."""
@@ -174,22 +189,39 @@ class World:
     def end(self, key: tuple[int, int], *, error: int = 0, choice: int = 0) -> None:
         """End an operation; `choice` decides whatever is left open."""
         operation = self.operations.pop(key)
-        if error:
+        kind = operation.action.kind
+        if self.hydrated and kind == t.ACT_READ_IMAGE and choice % 2:
+            error = errno.EBADF        # closed under it, and nobody's fault
+        elif error:
             self.faults += 1
+        if error:
             self._failed(operation, choice)
         else:
             self._done(key, operation, choice)
         owner, token = key
-        length = operation.action.length
-        result = -error if error else length
+        result = -error or (0 if kind in NO_BYTES else operation.action.length)
         if owner == HYDRATOR:
-            self._hydrator(t.EVENT_DONE, token=token, result=result)
+            zeros = kind == t.ACT_READ_IMAGE and set(self.buffers.get(token, ())) == {ZERO}
+            self._hydrator(t.EVENT_DONE, token=token, result=result, zeros=int(zeros))
         else:
             self._queue(owner, t.EVENT_DONE, token=token, result=result)
 
     def tick(self) -> None:
         """Let about a second pass."""
         self._hydrator(t.EVENT_TICK)
+
+    def hydrate(self, on: bool) -> None:
+        """Begin to copy all of the image, or pause."""
+        self._hydrator(t.EVENT_HYDRATE, op=int(on))
+
+    def budget(self, stripes: int) -> None:
+        """Let so many stripes be copied unasked."""
+        self._hydrator(t.EVENT_BUDGET, offset=stripes * STRIPE)
+
+    def lose_image(self) -> None:
+        """Find that the image is another; it has been for a while."""
+        self.lost = True
+        self.e.lose_image()
 
     # -- to the end --
 
@@ -250,6 +282,10 @@ class World:
             elif action.kind == t.ACT_STOPPED:
                 assert not self.operations
                 self.stopped = action.result
+            elif action.kind == t.ACT_HYDRATED:
+                assert not self.hydrated
+                assert set(self.e.state_bytes) == {t.DURABLE}
+                self.hydrated = True
             else:
                 self._start(HYDRATOR, action)
         self._check()
@@ -258,6 +294,9 @@ class World:
 
     def _start(self, owner: int, action: t.Act) -> None:
         assert (owner, action.token) not in self.operations
+        if action.kind == t.ACT_READ_IMAGE:
+            assert not self.lost
+            assert not self.hydrated
         places: list[object] = []
         values: list[object] = []
         if action.memory == t.MEM_PAGE:
@@ -267,7 +306,11 @@ class World:
             first, odd = divmod(action.offset - (0 if image else t.DATA_OFFSET), BLOCK)
             assert odd == 0
             places = list(range(first, first + action.length // BLOCK))
-            if action.kind == t.ACT_WRITE_BASE:
+            if action.kind == t.ACT_DISCARD_BASE:
+                assert all(block >= 2 * STRIPES or self.e.table[block // 2] for block in places)
+            if action.kind in (t.ACT_ZERO_BASE, t.ACT_DISCARD_BASE):
+                values = [ZERO] * len(places)
+            elif action.kind == t.ACT_WRITE_BASE:
                 values = (self.buffers[action.index] if action.memory == t.MEM_STRIPE
                           else [write.value for write in self.requests[owner, action.tag].writes])
                 assert len(values) == len(places)
@@ -287,8 +330,14 @@ class World:
                 self.cells[place].values.append(value)
                 if action.dsync:
                     self.cells[place].synced(len(self.cells[place].values) - 1)
+        elif action.kind == t.ACT_ZERO_BASE:
+            if self.lie != "zeroing":
+                self._land(operation, -1)
+        elif action.kind == t.ACT_DISCARD_BASE:
+            self._land(operation, choice)
         elif action.kind == t.ACT_READ_IMAGE:
-            self._deliver(key, action, [image_content(block) for block in operation.places])
+            self._deliver(key, action, [
+                CHANGED if self.lost else image_content(block) for block in operation.places])
         else:
             self._deliver(key, action, [
                 self._one_of(operation, block, choice >> at)
@@ -311,11 +360,14 @@ class World:
         if operation.action.kind == t.ACT_SYNC_BASE:
             for cell in self.cells.values():
                 cell.spoilt = len(cell.values) - 1
-        elif operation.action.kind == t.ACT_WRITE_BASE:
-            for at, (place, value) in enumerate(
-                    zip(operation.places, operation.values, strict=True)):
-                if choice >> at & 1:
-                    self.cells[place].values.append(value)
+        elif operation.action.kind in CHANGES_BASE:
+            self._land(operation, choice)
+
+    def _land(self, operation: Operation, choice: int) -> None:
+        """Let what is written come to the base, in the places whose bits are set in `choice`."""
+        for at, (place, value) in enumerate(zip(operation.places, operation.values, strict=True)):
+            if choice >> at & 1:
+                self.cells[place].values.append(value)
 
     def _page(self) -> frozenset[int]:
         bits = header_bits(self.e)
@@ -326,7 +378,7 @@ class World:
     def _under_way(self, place: object) -> Iterable[object]:
         """Give what is being written to a cell."""
         for operation in self.operations.values():
-            if operation.action.kind == t.ACT_WRITE_BASE and place in operation.places:
+            if operation.action.kind in CHANGES_BASE and place in operation.places:
                 yield operation.values[operation.places.index(place)]
 
     # -- answers --
@@ -335,8 +387,8 @@ class World:
         request = self.requests.pop((queue, tag))
         good = result >= 0
         assert result == len(request.blocks) * BLOCK or result < 0
-        assert good or self.faults, "an error that nobody caused"
-        if request.latched and (request.op == t.OP_FLUSH or request.fua):
+        assert good or self.faults or self.lost, "an error that nobody caused"
+        if request.latched and (request.op == t.OP_FLUSH or request.durable):
             assert result == -errno.EIO
         if not good:
             return
@@ -345,11 +397,11 @@ class World:
             for block, value in zip(request.blocks, request.found, strict=True):
                 assert self.history[block].may_read(value, request.issued), (
                     f"block {block} reads {value!r}")
-        elif request.op == t.OP_WRITE:
+        elif request.op != t.OP_FLUSH:
             for write in request.writes:
                 write.ended = self.now
-                write.promised = request.fua
-        else:
+                write.promised = request.durable
+        elif self.cache != t.CACHE_UNSAFE:
             for history in self.history:
                 for write in history.writes:
                     write.promised |= write.ended < request.issued
