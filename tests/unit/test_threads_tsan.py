@@ -48,9 +48,20 @@ PLANTED = {
     )),
     "present-before-written": ("world", RACE_OR_BYTES, Change(
         "_hydrator.pyx",
-        "        fetch.phase = FETCH_WRITE\n",
-        "        fetch.phase = FETCH_WRITE\n        set_state(hydrator, fetch.stripe, PRESENT)\n"
-        "        set_state(hydrator, fetch.stripe, FETCHING)\n",
+        "    fetch.phase = FETCH_WRITE\n",
+        "    fetch.phase = FETCH_WRITE\n    set_state(hydrator, fetch.stripe, PRESENT)\n"
+        "    set_state(hydrator, fetch.stripe, FETCHING)\n",
+    )),
+    "zeros-not-written": ("world", RACE_OR_BYTES, Change(
+        "_hydrator.pyx",
+        "    else:\n        store_fetched(hydrator, index, event.zeros, actions)\n",
+        "    elif event.zeros:\n        end_fetch(hydrator, index, 0, actions)\n"
+        "    else:\n        store_fetched(hydrator, index, event.zeros, actions)\n",
+    )),
+    "image-dropped-in-word-only": ("world", RACE_OR_BYTES, Change(
+        "_threads.pyx",
+        "        ring_drop_image(&base.ring)\n",
+        "",
     )),
     "no-fence-before-the-bell": ("order", UNHEARD, Change(
         "_mailbox.pxd",

@@ -19,7 +19,8 @@ DIRECTIVES = ("language_level=3", "boundscheck=False", "wraparound=False", "cdiv
               "initializedcheck=False")
 # What a program is made of: files here, and the module whose C each of them includes.
 PROGRAMS = {
-    "world": {"world.c": "_threads", "queue.c": "_queue", "hydrator.c": "_hydrator"},
+    "world": {"world.c": "_threads", "queue.c": "_queue", "hydrator.c": "_hydrator",
+              "format.c": "_format"},
     "order": {"order.c": "_threads"},
 }
 # Sections that nobody needs are dropped, and with them all that calls Python.

@@ -1,14 +1,15 @@
 /* Guests: one a queue, on its thread. Every sector of the disk belongs to one of them, which alone
  * writes and reads it; stripes are shared, but for every third, that its owner may write as a whole.
  */
-enum { SECTOR = 512, WORDS = SECTOR / 8 };
+enum { SECTOR = 512, WORDS = SECTOR / 8, MAX_DISCARD = 5 * STRIPE_SECTORS };
+#define ZEROED 0xffffffffu         /* a version: zeros */
 
 enum TagState { TAG_NEW, TAG_FREE, TAG_BUSY, TAG_GONE };
 
 typedef struct {
     uint32_t first, count;         /* sectors */
     uint32_t version;
-    uint8_t state, op, fua, latched;
+    uint8_t state, op, durable, latched;
     uint8_t written[STRIPES];      /* FLUSH: what was complete when it was sent */
 } Tag;
 
@@ -17,12 +18,13 @@ typedef struct {
     uint32_t left;                 /* requests still to be sent */
     uint32_t version;
     uint8_t written[STRIPES];      /* written and complete */
-    uint64_t reads, writes, flushes, failures;
+    uint64_t reads, writes, flushes, zeroed, discards, failures;
 } Guest;
 
 static Guest guests[MAX_QUEUES];
 /* What a sector holds; after writes that failed it may hold one of theirs instead. Its owner's. */
 static uint32_t versions[SECTORS], failed_first[SECTORS], failed_last[SECTORS];
+static uint8_t maybe_zero[SECTORS];        /* … or zeros: a discard's, or zeroing that failed */
 static uint8_t busy[SECTORS];
 
 static int owner_of(uint32_t sector)
@@ -35,8 +37,12 @@ static int owner_of(uint32_t sector)
 
 static uint64_t word_of(uint32_t sector, uint32_t version)
 {
+    if (version == ZEROED)
+        return 0;
     if (version == 0 && sector >= IMAGE_SECTORS && sector < IMAGE_STRIPES * STRIPE_SECTORS)
         return 0;                  /* the image ends inside this stripe */
+    if (version == 0 && sector < IMAGE_SECTORS && sector / STRIPE_SECTORS % 5 == 2)
+        return 0;                  /* a stripe of zeros */
     return (uint64_t)sector << 32 | version;
 }
 
@@ -60,13 +66,15 @@ static int is_legal(const uint8_t *from, uint32_t sector)
     uint64_t word;
     memcpy(&word, from, 8);
     uint32_t version = (uint32_t)word;
-    if (!holds(from, sector, versions[sector])) {
+    if (maybe_zero[sector] && holds(from, sector, ZEROED)) {
+        versions[sector] = ZEROED;
+    } else if (!holds(from, sector, versions[sector])) {
         if (!failed_last[sector] || version < failed_first[sector] || version > failed_last[sector]
             || !holds(from, sector, version))
             return 0;
         versions[sector] = version;
     }
-    failed_last[sector] = 0;
+    failed_last[sector] = maybe_zero[sector] = 0;
     return 1;
 }
 
@@ -100,6 +108,17 @@ static uint32_t place(FakeRing *fake, int me, uint32_t *first)
     return 0;
 }
 
+/* As far as all is this guest's and not in use, over the ends of stripes. */
+static uint32_t longest(int me, uint32_t first, uint32_t count)
+{
+    while (count < MAX_DISCARD && first + count < SECTORS && owner_of(first + count) == me
+           && !busy[first + count])
+        count++;
+    return count;
+}
+
+static int is_change(uint8_t op) { return op == CORE(OP_WRITE) || op == CORE(OP_WRITE_ZEROES); }
+
 static void send_request(FakeRing *fake, int me, uint32_t number)
 {
     Guest *guest = &guests[me];
@@ -107,8 +126,11 @@ static void send_request(FakeRing *fake, int me, uint32_t number)
     struct ubi_ublk_io_desc *desc = (struct ubi_ublk_io_desc *)&fake->queue->descriptors[number];
     uint8_t *buffer = fake->queue->buffers + number * fake->queue->buffer_stride;
     uint32_t lot = random_of(&fake->random) % 100;
-    tag->op = lot < 10 ? CORE(OP_FLUSH) : lot < 55 ? CORE(OP_READ) : CORE(OP_WRITE);
-    tag->fua = lot >= 90;
+    int fua = lot >= 90, unmap = once_in(fake, 2);
+    tag->op = lot < 10 ? CORE(OP_FLUSH) : lot < 55 ? CORE(OP_READ) : lot < 58 ? CORE(OP_DISCARD)
+              : lot < 65 || lot >= 97 ? CORE(OP_WRITE_ZEROES) : CORE(OP_WRITE);
+    tag->durable = device.shared.cache == CORE(CACHE_WRITETHROUGH)
+                   || (fua && device.shared.cache == CORE(CACHE_WRITEBACK));
     tag->count = 0;
     if (tag->op == CORE(OP_FLUSH)) {
         memcpy(tag->written, guest->written, STRIPES);
@@ -117,6 +139,8 @@ static void send_request(FakeRing *fake, int me, uint32_t number)
         tag->count = place(fake, me, &tag->first);
         if (!tag->count)
             return;
+        if (tag->op == CORE(OP_DISCARD))
+            tag->count = longest(me, tag->first, tag->count);
     }
     tag->version = ++guest->version;
     for (uint32_t i = 0; i < tag->count; i++) {
@@ -124,7 +148,7 @@ static void send_request(FakeRing *fake, int me, uint32_t number)
         if (tag->op == CORE(OP_WRITE))
             fill(buffer + i * SECTOR, tag->first + i, tag->version);
     }
-    desc->op_flags = tag->op | (tag->fua ? UBI_UBLK_IO_F_FUA : 0);
+    desc->op_flags = tag->op | (fua ? UBI_UBLK_IO_F_FUA : 0) | (unmap ? 0 : UBI_UBLK_IO_F_NOUNMAP);
     desc->nr_sectors = tag->count;
     desc->start_sector = tag->count ? tag->first : (uint64_t)-1;
     tag->state = TAG_BUSY;
@@ -176,8 +200,12 @@ static void ended(Guest *guest, Tag *tag, const uint8_t *buffer, int32_t result)
         guest->failures++;
         if (!faults && !has_latched())
             violation("a request fails on sound disks", tag->op, (uint64_t)-result);
-        for (uint32_t i = 0; tag->op == CORE(OP_WRITE) && i < tag->count; i++) {
+        for (uint32_t i = 0; i < tag->count; i++) {
             uint32_t sector = tag->first + i;
+            if (tag->op == CORE(OP_WRITE_ZEROES) || tag->op == CORE(OP_DISCARD))
+                maybe_zero[sector] = 1;
+            if (tag->op != CORE(OP_WRITE))
+                continue;
             if (!failed_last[sector])
                 failed_first[sector] = tag->version;
             failed_last[sector] = tag->version;
@@ -187,20 +215,25 @@ static void ended(Guest *guest, Tag *tag, const uint8_t *buffer, int32_t result)
     } else if (tag->op == CORE(OP_READ)) {
         guest->reads++;
         read_is_right(buffer, tag);
-    } else if (tag->op == CORE(OP_WRITE)) {
-        guest->writes++;
+    } else if (is_change(tag->op)) {
+        int zeroes = tag->op == CORE(OP_WRITE_ZEROES);
+        zeroes ? guest->zeroed++ : guest->writes++;
         guest->written[stripe] = 1;
         for (uint32_t i = 0; i < tag->count; i++) {
-            versions[tag->first + i] = tag->version;
-            failed_last[tag->first + i] = 0;
+            versions[tag->first + i] = zeroes ? ZEROED : tag->version;
+            failed_last[tag->first + i] = maybe_zero[tag->first + i] = 0;
         }
-        if (tag->fua)
+        if (tag->durable)
             must_be_durable(stripe);
+    } else if (tag->op == CORE(OP_DISCARD)) {
+        guest->discards++;
+        for (uint32_t i = 0; i < tag->count; i++)
+            maybe_zero[tag->first + i] = 1;
     } else {
         guest->flushes++;
         if (tag->latched)
             violation("a flush succeeds after the latch was seen", 0, 0);
-        for (uint32_t i = 0; i < STRIPES; i++)
+        for (uint32_t i = 0; i < STRIPES && device.shared.cache != CORE(CACHE_UNSAFE); i++)
             if (tag->written[i])
                 must_be_durable(i);
     }
@@ -209,7 +242,7 @@ static void ended(Guest *guest, Tag *tag, const uint8_t *buffer, int32_t result)
 }
 
 static void fake_ublk(Ring *ring, uint32_t command, uint16_t queue, uint16_t number, int32_t result,
-                      uint64_t address)
+                      uint64_t address, uint64_t auto_buffer)
 {
     Tag *tag = &guests[queue].tags[number];
     if (command == UBI_U_IO_COMMIT_AND_FETCH_REQ) {

@@ -17,6 +17,7 @@ typedef struct {
     unsigned head, tail;
     uint32_t signal;               /* a doorbell has rung */
     uint32_t lost;                 /* one was to ring, and was lost */
+    int dropped;                   /* the image */
     uint64_t sleeps, ticks;
 } FakeRing;
 
@@ -66,6 +67,7 @@ static int fake_init(Ring *ring, uint32_t entries, Op *ops, uint32_t op_count, c
 
 static void fake_exit(Ring *ring) {}
 static void fake_arm_wake(Ring *ring, int event_fd) {}
+static void fake_drop_image(Ring *ring) { fake_of(ring)->dropped = 1; }
 
 static void fake_action(Ring *ring, const Action *action)
 {
@@ -108,6 +110,17 @@ static int32_t carry_out(FakeRing *fake, const Action *action)
                  + (uint64_t)action->index * fake->ring->memory[action->memory].stride;
     if (is_faulty(&fake->random, action->kind))
         return -EIO;
+    if (action->kind == CORE(ACT_READ_IMAGE) && fake->dropped)
+        return -EBADF;
+    if (action->kind == CORE(ACT_ZERO_BASE)) {
+        memset(base + (action->offset - CORE(DATA_OFFSET)), 0, action->length);
+        return 0;
+    }
+    if (action->kind == CORE(ACT_DISCARD_BASE)) {
+        if (once_in(fake, 2))
+            memset(base + (action->offset - CORE(DATA_OFFSET)), 0, action->length);
+        return 0;
+    }
     if (action->kind == CORE(ACT_READ_IMAGE)) {
         memcpy(memory, image + action->offset, action->minimum);
         memset(memory + action->minimum, 0, action->length - action->minimum);

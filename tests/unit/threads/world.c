@@ -30,6 +30,7 @@ void engine_queue_init(void *queue, void *shared, uint16_t index, void *requests
 void engine_queue_step(void *queue, const void *event, void *actions);
 void engine_hydrator_init(void *hydrator, void *shared, const void *memory);
 void engine_hydrator_step(void *hydrator, const void *event, void *actions);
+int engine_all_zero(const uint8_t *data, uint64_t length);
 
 static Device device;
 static HydratorThread hydrator;
@@ -104,7 +105,7 @@ static void make_base(ThreadBase *thread, FakeRing *fake, uint32_t ops, uint32_t
     fake->ring = &thread->ring;
 }
 
-static void make_device(void)
+static void make_device(uint8_t cache)
 {
     uint32_t tags = (uint32_t)(queue_count * depth), capacity = power_of_two(4 * (uint32_t)depth);
     device.notify_fd = -1;
@@ -116,6 +117,7 @@ static void make_device(void)
     device.shared.queues = (uint16_t)queue_count;
     device.shared.depth = (uint16_t)depth;
     device.shared.copy_on_read = 1;
+    device.shared.cache = cache;
     device.shared.state = take(IMAGE_STRIPES);
     device.shared.table = take(IMAGE_STRIPES);
     device.shared.latch = &latch;
@@ -134,7 +136,7 @@ static void make_device(void)
     engine_hydrator_init(&hydrator.hydrator, &device.shared, &memory);
     hydrator.pages = memory.pages;
     hydrator.stripes = take(BUFFERS * STRIPE);
-    make_base(&hydrator.base, &rings[queue_count], BUFFERS + 17, tags + BUFFERS + 18);
+    make_base(&hydrator.base, &rings[queue_count], BUFFERS + 17, tags + BUFFERS + 19);
     rings[queue_count].hydrator = &hydrator;
     for (int i = 0; i < queue_count; i++) {
         QueueThread *queue = &queues[i];
@@ -161,6 +163,7 @@ static void reset(uint64_t seed)
     memset(guests, 0, sizeof(guests));
     memset(versions, 0, sizeof(versions));
     memset(failed_last, 0, sizeof(failed_last));
+    memset(maybe_zero, 0, sizeof(maybe_zero));
     memset(busy, 0, sizeof(busy));
     memset(bits, 0, sizeof(bits));
     memset(durable, 0, sizeof(durable));
@@ -191,11 +194,53 @@ static void *queue_thread(void *queue)
     return NULL;
 }
 
+/* What a control thread does while a device runs: it begins, paces and pauses background hydration,
+ * and once every stripe is durable it has all threads let go of the image, which is then another's.
+ */
+static uint64_t meddling;
+static int drop_asked, image_gone;
+
+static void let_go_of_the_image(void)
+{
+    if (!drop_asked) {
+        drop_asked = 1;
+        for (int i = 0; i <= queue_count; i++) {
+            ThreadBase *thread = i < queue_count ? &queues[i].base : &hydrator.base;
+            __atomic_store_n(&thread->drop_image, 1, __ATOMIC_RELEASE);
+            signal_ring(&rings[i]);
+        }
+    }
+    for (int i = 0; i <= queue_count; i++) {
+        ThreadBase *thread = i < queue_count ? &queues[i].base : &hydrator.base;
+        if (!__atomic_load_n(&thread->image_dropped, __ATOMIC_ACQUIRE))
+            return;
+    }
+    image_gone = 1;
+    memset(image, 0x77, sizeof(image));
+}
+
+static void meddle(void)
+{
+    if (!meddling || image_gone)
+        return;
+    if (__atomic_load_n(&hydrator.hydrated, __ATOMIC_ACQUIRE)) {
+        let_go_of_the_image();
+    } else if (random_of(&meddling) % 16 == 0) {
+        uint64_t lot = random_of(&meddling);
+        __atomic_store_n(&hydrator.rate, lot % 4 ? 0 : 1 << 20, __ATOMIC_RELEASE);
+        __atomic_store_n(&hydrator.hydrate, lot % 5 != 0, __ATOMIC_RELEASE);
+        __atomic_store_n(&hydrator.kicks, hydrator.kicks + 1, __ATOMIC_RELEASE);
+        signal_ring(&rings[queue_count]);
+    }
+}
+
 static void await_state(ThreadBase *thread, uint32_t wanted)
 {
     for (int i = 0; __atomic_load_n(&thread->state, __ATOMIC_ACQUIRE) < wanted; i++) {
         if (i > 600000)
             violation("a thread does not get on", wanted, thread - &queues[0].base);
+        if (wanted == THREAD(THREAD_STOPPED))
+            meddle();
         usleep(100);
     }
     if (thread->state == THREAD(THREAD_FAILED))
@@ -225,13 +270,16 @@ static void check_end(void)
     }
 }
 
-static uint64_t totals[8];
+static uint64_t totals[12];
 
 static void epoch(uint64_t seed, uint32_t requests)
 {
     pthread_t threads[MAX_QUEUES + 1];
     reset(seed);
-    make_device();
+    make_device((uint8_t)(seed % 3));
+    /* A hydrated device's queues have little to say: in half of the epochs it is left alone. */
+    meddling = seed >> 8 & 1 ? seed | 1 : 0;
+    drop_asked = image_gone = 0;
     calm = 1;                      /* a fault while it starts means that it does not start */
     pthread_create(&threads[queue_count], NULL, hydrator_thread, NULL);
     await_state(&hydrator.base, THREAD(THREAD_LIVE));
@@ -263,12 +311,19 @@ static void epoch(uint64_t seed, uint32_t requests)
     totals[6] += hydrator.hydrator.stats.rounds;
     for (int i = 0; i <= queue_count; i++)
         totals[7] += rings[i].sleeps;
+    for (int i = 0; i < queue_count; i++) {
+        totals[8] += guests[i].zeroed;
+        totals[9] += guests[i].discards;
+    }
+    totals[10] += hydrator.hydrator.stats.zeros;
+    totals[11] += (uint64_t)image_gone;
 }
 
 int main(int argc, char **argv)
 {
     static const char *names[] = {"reads", "writes", "flushes", "failures", "stripes hydrated",
-                                  "whole stripes", "rounds", "sleeps"};
+                                  "whole stripes", "rounds", "sleeps", "zeroed", "discards",
+                                  "stripes of zeros", "images let go of"};
     uint64_t end = ubi_now_ns() + (uint64_t)(atof(argv[1]) * 1e9), seed = strtoull(argv[2], NULL, 0);
     uint64_t epochs = 0;
     __pyx_f_8ublk_ubi_6_queue_queue_step = (void *)engine_queue_step;
@@ -281,10 +336,12 @@ int main(int argc, char **argv)
     RING_CALL(ring_doorbell) = fake_doorbell;
     RING_CALL(ring_arm_wake) = fake_arm_wake;
     RING_CALL(ring_enter) = fake_enter;
-    for (; ubi_now_ns() < end; epochs++)
-        epoch(seed * 1000003 + epochs * 0x9e3779b97f4a7c15u + 1, 1500);
+    RING_CALL(ring_drop_image) = fake_drop_image;
+    __pyx_f_8ublk_ubi_7_format_all_zero = (void *)engine_all_zero;
+    for (; epochs < 30 || ubi_now_ns() < end; epochs++)
+        epoch(seed * 1000003 + epochs * 0x9e3779b97f4a7c15u + 1, epochs % 2 ? 1500 : 300);
     printf("epochs %llu, doorbells lost %u", (unsigned long long)epochs, losses);
-    for (int i = 0; i < 8; i++)
+    for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++)
         printf(", %s %llu", names[i], (unsigned long long)totals[i]);
     printf("\n");
     return 0;
