@@ -24,6 +24,7 @@ class Opener:
         boot_id: bytes,
         stripe_bytes: int,
         default_stripe_bytes: int,
+        block_bytes: int,
         format: bool,  # noqa: A002 - the option's name
         adopt: bool,
         force: bool,
@@ -43,6 +44,8 @@ class Opener:
     def fingerprint(self) -> bytes: ...
     @property
     def recorded_image_bytes(self) -> int: ...
+    @property
+    def block_bytes(self) -> int: ...
     @property
     def stripe_bytes(self) -> int: ...
     @property

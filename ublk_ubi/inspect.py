@@ -51,6 +51,7 @@ class Inspection:
     version: str | None = None
     stripe_size: int | None = None
     possible_stripe_sizes: tuple[int, ...] = ()
+    block_size: int | None = None
     slots: tuple[SlotView, ...] = ()
     image_size: int | None = None
     image_stripes: int | None = None
@@ -178,6 +179,7 @@ def _inspect_ours(found: Metadata, extension: Extension, common: dict[str, Any])
         image_fingerprint=extension.fingerprint.hex(),
         uuid=_text_uuid(extension.uuid),
         generation=extension.generation,
+        block_size=extension.block_size,
         boot_id=boot_id,
         this_boot=this_boot,
         open=extension.is_open,

@@ -246,6 +246,7 @@ class Session(TableHost):
             boot_id=boot_id(),
             stripe_bytes=self.options.stripe_size or 0,
             default_stripe_bytes=DEFAULT_STRIPE_SIZE,
+            block_bytes=self.block_size,
             format=self.options.format,
             adopt=self.options.adopt,
             force=self.options.force,
@@ -356,6 +357,7 @@ class Session(TableHost):
         """Everything is checked; take the device id, the last thing that can be refused."""
         if opener.creating:
             self._check_tail()
+        self._keep_blocks(opener.block_bytes)
         if self.device.recovered:
             self.device.take_over(self.options.fence_timeout_s, self._notice)
             return
@@ -369,6 +371,26 @@ class Session(TableHost):
             stripe_bytes=opener.stripe_bytes,
             alignment=max(self.base.alignment, self.image.alignment if self.image else 1),
         )
+
+    def _keep_blocks(self, recorded: int) -> None:
+        """Give a disk the blocks that it was made with: partition tables count in them.
+
+        An explicit --block-size has the last word.
+        """
+        if recorded in (0, self.block_size) or self.options.block_size is not None:
+            return
+        what = f"base {shown(self.base.path)}"
+        if recorded not in (512, 4096):
+            raise UbiError(f"{what} records blocks of {recorded} bytes: use the release that made it")
+        if recorded < self.block_size:
+            raise UbiError(
+                f"{what} was made with blocks of {recorded} bytes, and image or base now take "
+                f"{self.block_size} at least: put it where it was, or give --block-size "
+                f"{self.block_size} if it holds no partition table",
+            )
+        if not self.device.recovered:
+            self.block_size = recorded
+            self.size = self.size // recorded * recorded
 
     def zero_tail(self, opener: Opener) -> None:
         """Nobody may read through a new disk what was on this base before."""

@@ -42,7 +42,8 @@ cdef packed struct Slot:
     uint8_t uuid[16]
     uint64_t generation            # openings so far, each with a table of its own
     uint8_t boot_id[16]            # of the host that opened it last
-    uint8_t rest[384]
+    uint32_t block_bytes           # logical block size of the disk; 0: not recorded
+    uint8_t rest[380]
 
 cdef uint32_t crc32c(const uint8_t* data, uint32_t length) noexcept nogil
 cdef void slot_seal(Slot* slot) noexcept nogil

@@ -147,6 +147,7 @@ cdef struct LifecycleOptions:
     uint8_t boot_id[16]
     uint32_t stripe_bytes          # 0: as recorded, or the default
     uint32_t default_stripe_bytes
+    uint32_t block_bytes           # recorded where none is yet; the caller judges the recorded one
     bint format
     bint adopt
     bint force

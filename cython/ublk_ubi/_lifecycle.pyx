@@ -99,6 +99,7 @@ cdef void plan_new(Lifecycle* lifecycle, uint32_t stripe_bytes) noexcept nogil:
     """The slot of a disk that is made or adopted now."""
     memset(&lifecycle.slot, 0, sizeof(Slot))
     lifecycle.slot.stripe_bytes = stripe_bytes
+    lifecycle.slot.block_bytes = lifecycle.options.block_bytes
     lifecycle.slot.image_bytes = lifecycle.options.image_bytes
     memcpy(lifecycle.slot.fingerprint, lifecycle.options.fingerprint, 32)
     memcpy(lifecycle.slot.uuid, lifecycle.options.new_uuid, 16)
@@ -308,6 +309,8 @@ cdef void plan_generation(Lifecycle* lifecycle, Actions* actions) noexcept nogil
     """A new table, and a slot that names it."""
     memcpy(lifecycle.slot.fingerprint, lifecycle.options.fingerprint, 32)
     memcpy(lifecycle.slot.boot_id, lifecycle.options.boot_id, 16)
+    if lifecycle.slot.block_bytes == 0:
+        lifecycle.slot.block_bytes = lifecycle.options.block_bytes
     lifecycle.slot.generation += 1
     lifecycle.slot.flags |= FLAG_OPEN
     describe(lifecycle, &lifecycle.identity)

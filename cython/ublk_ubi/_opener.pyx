@@ -104,7 +104,7 @@ cdef class Opener:
 
     def __init__(self, *, int base_fd, int sync_fd, uint64_t base_bytes, uint64_t image_bytes,
                  identity, bytes fingerprint, bytes new_uuid, bytes boot_id, uint32_t stripe_bytes,
-                 uint32_t default_stripe_bytes, bint format, bint adopt, bint force,
+                 uint32_t default_stripe_bytes, uint32_t block_bytes, bint format, bint adopt, bint force,
                  bint force_stale, bint no_image):
         cdef LifecycleOptions options
         if len(fingerprint) != 32 or len(new_uuid) != 16 or len(boot_id) != 16:
@@ -120,6 +120,7 @@ cdef class Opener:
         memcpy(options.boot_id, <const uint8_t*>boot_id, 16)
         options.stripe_bytes = stripe_bytes
         options.default_stripe_bytes = default_stripe_bytes
+        options.block_bytes = block_bytes
         options.format = format
         options.adopt = adopt
         options.force = force
@@ -243,6 +244,10 @@ cdef class Opener:
     @property
     def recorded_image_bytes(self):
         return self.lifecycle.slot.image_bytes
+
+    @property
+    def block_bytes(self):
+        return self.lifecycle.slot.block_bytes
 
     @property
     def stripe_bytes(self):

@@ -409,7 +409,8 @@ cdef class LifecycleSteps:
     def __cinit__(self, *, uint64_t base_bytes, uint64_t image_bytes, uint64_t device=1,
                   uint64_t inode=2, bytes fingerprint=b"f" * 32, bytes new_uuid=b"u" * 16,
                   bytes boot_id=b"b" * 16, uint32_t stripe_bytes=0,
-                  uint32_t default_stripe_bytes=1048576, bint format=False, bint adopt=False,
+                  uint32_t default_stripe_bytes=1048576, uint32_t block_bytes=0,
+                  bint format=False, bint adopt=False,
                   bint force=False, bint force_stale=False, bint no_image=False):
         cdef LifecycleOptions options
         memset(&options, 0, sizeof(options))
@@ -422,6 +423,7 @@ cdef class LifecycleSteps:
         memcpy(options.boot_id, <const uint8_t*>boot_id, 16)
         options.stripe_bytes = stripe_bytes
         options.default_stripe_bytes = default_stripe_bytes
+        options.block_bytes = block_bytes
         options.format = format
         options.adopt = adopt
         options.force = force

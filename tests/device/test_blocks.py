@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import struct
 from pathlib import Path
@@ -110,7 +111,21 @@ def test_smaller_blocks_are_refused(
     assert_content(device.node, expected, "the disk")
 
 
-def test_a_disk_moves_to_larger_blocks(
+def test_a_disk_keeps_the_blocks_that_it_was_made_with(
+    ubi: Ubi, image4k: Image, make_base: Callable[..., str],
+) -> None:
+    """A guest's partition table counts in them: they do not shrink when the image is gone."""
+    base = make_base(SIZE)
+    device = ubi.add(image4k, base, stripe_size=STRIPE)
+    device.hydrate(run=True)
+    device.wait_until_independent()
+    device.options["image"] = None
+    device.reopen()
+    assert logical_block_size(device) == BLOCK
+    assert json.loads(ubi.command("inspect", base, "--json").stdout)["block_size"] == BLOCK
+
+
+def test_a_disk_moves_to_larger_blocks_when_told(
     ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str], base4k: str,
 ) -> None:
     """Its base is copied to a disk with blocks of 4096 bytes."""
@@ -125,6 +140,9 @@ def test_a_disk_moves_to_larger_blocks(
     with open(base, "rb") as source, open(base4k, "r+b") as target:
         target.write(source.read())
         os.fsync(target.fileno())
-    moved = ubi.add(image, base4k)
+    line = ubi.refused(image, base4k, code=1)
+    assert "blocks of 512 bytes" in line
+    assert "--block-size 4096" in line
+    moved = ubi.add(image, base4k, block_size=BLOCK)
     assert logical_block_size(moved) == BLOCK
     assert_content(moved.node, expected, "the disk, moved")

@@ -200,6 +200,7 @@ def test_inspect_reads_what_the_engine_wrote(is_open: bool) -> None:
         version=1, sequence=slot.sequence, feature_incompat=0, feature_compat=0,
         stripe_size=256 * KIB, is_open=is_open, image_size=3 * MIB + 512,
         fingerprint=FINGERPRINT, uuid=UUID, generation=1, boot_id=slot.boot_id,
+        block_size=None,
     )
     assert extension.image_stripes == 13
     assert found.hydrated() == 2
