@@ -82,7 +82,7 @@ cdef bint set_geometry(Lifecycle* lifecycle, uint32_t stripe_bytes) noexcept nog
     if stripe_bytes < 64 << 10 or stripe_bytes > 1 << 20 or stripe_bytes & (stripe_bytes - 1):
         refuse(lifecycle, REFUSE_STRIPE_RANGE)
         return False
-    stripes = (image + stripe_bytes - 1) // stripe_bytes
+    stripes = image // stripe_bytes + (image % stripe_bytes != 0)
     if stripes > MAX_STRIPES:
         refuse(lifecycle, REFUSE_TOO_MANY_STRIPES)
         return False
@@ -212,7 +212,9 @@ cdef void check_recorded(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     if options.no_image or lifecycle.errno_ != 0:
         options.image_bytes = lifecycle.slot.image_bytes
         memcpy(options.fingerprint, lifecycle.slot.fingerprint, 32)
-    if options.stripe_bytes != 0 and options.stripe_bytes != lifecycle.slot.stripe_bytes:
+    if lifecycle.slot.image_bytes == 0:
+        refuse(lifecycle, REFUSE_DAMAGED)
+    elif options.stripe_bytes != 0 and options.stripe_bytes != lifecycle.slot.stripe_bytes:
         refuse(lifecycle, REFUSE_STRIPE_SIZE)
     elif options.image_bytes != lifecycle.slot.image_bytes:
         refuse(lifecycle, REFUSE_IMAGE_SIZE)

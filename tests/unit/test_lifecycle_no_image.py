@@ -113,6 +113,22 @@ def test_the_recorded_size_must_fit_the_base_and_the_stripe_size_be_as_asked() -
     assert ended(disk, tables, **NO_IMAGE, stripe_bytes=64 * KIB) == "STRIPE_SIZE"
 
 
+@pytest.mark.parametrize(("size", "refusal"), [
+    (0, "DAMAGED"), ((1 << 64) - 1, "TOO_MANY_STRIPES"), ((1 << 64) - MIB + 1, "TOO_MANY_STRIPES"),
+    ((1 << 41) + 1, "TOO_MANY_STRIPES"), (1 << 41, "TOO_SMALL"),
+])
+def test_a_recorded_size_that_no_image_can_have(size: int, refusal: str) -> None:
+    """Nothing else is there to compare it with: it may be 0, or not count in 64 bits."""
+    disk, tables = made(*FULL)
+    slot = {key: value for key, value in disk.current()._asdict().items()
+            if key not in ("crc_fits", "crc32c")} | {"sequence": 4, "image_bytes": size}
+    disk.put(ubiformat.SLOT_OFFSETS[1], ubiformat.build_slot(**slot))
+    assert ended(disk, tables, **NO_IMAGE) == refusal
+    opening = Opening(disk, tables)
+    opening.run(t.EVENT_START, fail_at=0, error=errno.EIO)
+    assert opening.steps.phase == t.PHASE_FAILED
+
+
 @pytest.mark.parametrize("state", ["live", "stale", "latched", "copy"])
 def test_whose_table_it_is_matters_all_the_same(state: str) -> None:
     disk, tables = made(*FULL, is_open=state != "copy")
