@@ -104,8 +104,8 @@ cdef class Opener:
 
     def __init__(self, *, int base_fd, int sync_fd, uint64_t base_bytes, uint64_t image_bytes,
                  identity, bytes fingerprint, bytes new_uuid, bytes boot_id, uint32_t stripe_bytes,
-                 uint32_t default_stripe_bytes, uint32_t block_bytes, bint format, bint adopt, bint force,
-                 bint force_stale, bint no_image):
+                 uint32_t default_stripe_bytes, uint32_t block_bytes, bint format, bint adopt,
+                 bint force, bint force_stale, bint no_image):
         cdef LifecycleOptions options
         if len(fingerprint) != 32 or len(new_uuid) != 16 or len(boot_id) != 16:
             raise ValueError("fingerprint has 32 bytes, UUID and boot id have 16")
