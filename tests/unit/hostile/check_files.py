@@ -91,8 +91,9 @@ class Scene:
             image_bytes=asked.image_bytes, identity=(asked.device, asked.inode),
             fingerprint=asked.fingerprint, new_uuid=asked.new_uuid, boot_id=asked.boot_id,
             stripe_bytes=asked.stripe_bytes, default_stripe_bytes=asked.default_stripe_bytes,
+            block_bytes=512,
             format=asked.format, adopt=asked.adopt, force=asked.force,
-            force_stale=asked.force_stale,
+            force_stale=asked.force_stale, no_image=asked.no_image,
         )
 
     def holds(self) -> bytes:
@@ -146,7 +147,8 @@ def is_refused_well(scene: Scene, verdict: rules.Judgement, refused: Refused) ->
     options = DeviceOptions(
         image="image", base=BASE, stripe_size=scene.case.asked.stripe_bytes or None,
     )
-    image = SimpleNamespace(path="image", size=scene.case.asked.image_bytes)
+    asked = scene.case.asked
+    image = None if asked.no_image else SimpleNamespace(path="image", size=asked.image_bytes)
     base = SimpleNamespace(path=BASE, size=scene.case.asked.base_bytes)
     error = explain(refused.reason, refused.opener, options, image, base)
     assert isinstance(error, UbiError)
@@ -158,7 +160,7 @@ def is_opened_as_the_rules_say(
     scene: Scene, verdict: rules.Judgement, host: Host, opener: Opener,
 ) -> None:
     """Its table is there and is the base's; a clean stop takes it away."""
-    asked = scene.case.asked
+    asked = verdict.asked
     slot = rules.newest(scene.disk())
     stripes = rules.stripes_of(asked.image_bytes, verdict.stripe)
     assert slot is not None

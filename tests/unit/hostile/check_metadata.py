@@ -6,6 +6,7 @@ to what it refuses, and what it writes to the others is a sound base again.
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 
 from hypothesis import given
@@ -105,6 +106,7 @@ def judged_by_the_rules(case: mutate.Case) -> None:
         assert not forbidden & set(host.calls)
         return
     report.counts[f"opened: {verdict.way}"] += 1
+    report.counts["opened: open without an image"] += case.asked.no_image
     assert not verdict.refused, f"opened in spite of {verdict.reasons}"
     is_opened_as_the_rules_say(host, verdict)
     is_sound_once_closed(host)
@@ -112,7 +114,7 @@ def judged_by_the_rules(case: mutate.Case) -> None:
 
 def is_opened_as_the_rules_say(host: Host, verdict: rules.Judgement) -> None:
     """What it wrote, what it knows, and that the next opener will see that it is open."""
-    case, asked, disk = host.case, host.case.asked, host.disk
+    case, asked, disk = host.case, verdict.asked, host.disk
     stripes = rules.stripes_of(asked.image_bytes, verdict.stripe)
     assert (host.steps.stripe_bytes, host.steps.image_stripes) == (verdict.stripe, stripes)
     assert host.steps.going_on == (verdict.way == "go on")
@@ -139,7 +141,7 @@ def is_opened_as_the_rules_say(host: Host, verdict: rules.Judgement) -> None:
 
 def names_its_table(host: Host, verdict: rules.Judgement) -> None:
     """The base is open at the next generation."""
-    disk, asked = host.disk, host.case.asked
+    disk, asked = host.disk, verdict.asked
     slot = rules.newest(disk)
     assert slot is not None
     assert slot.flags & layout.OPEN
@@ -170,9 +172,10 @@ def is_sound_once_closed(host: Host) -> None:
     assert host.steps.phase == _testing.PHASE_CLOSED
     assert host.calls[-1] == _testing.HOST_UNLINK_TABLE
     assert host.disk.without_head_and_slots() == before
+    closed = layout.unpack(host.steps.slot)
     again = Asked(
-        base_bytes=host.case.asked.base_bytes, image_bytes=host.case.asked.image_bytes,
-        fingerprint=layout.unpack(host.steps.slot).fingerprint, boot_id=b"n" * 16,
+        base_bytes=host.case.asked.base_bytes, image_bytes=closed.image,
+        fingerprint=closed.fingerprint, boot_id=b"n" * 16,
     )
     verdict = rules.judge(host.disk, again, Table(), Table())
     assert not verdict.refused, verdict
@@ -195,6 +198,12 @@ def what_was_once_accepted() -> None:
     other_stripes.write(0, layout.head(131072, 1))
     # Not a creation that was cut short: there is something, and page 0 was lost.
     first = slot._replace(sequence=1, generation=0).sealed()
+    # Without an image nothing is compared with what is recorded.
+    no_image = dataclasses.replace(asked, no_image=True, image_bytes=0)
+    sizes = {}
+    for size in (0, (1 << 64) - 1, (1 << 64) - 65535):
+        sizes[size] = closed.copy()
+        sizes[size].write(layout.SLOTS[0], slot._replace(sequence=3, image=size).sealed())
     page_lost = Disk()
     page_lost.write(layout.SLOTS[0], first)
     page_lost.write(layout.SLOTS[1], slot.sealed()[:511] + b"\xff")
@@ -208,6 +217,25 @@ def what_was_once_accepted() -> None:
     }
     for name, disk in cases.items():
         judged_by_the_rules(mutate.Case(name, asked, disk, Table(), Table(), ()))
+    for size, disk in sizes.items():
+        judged_by_the_rules(mutate.Case(f"size {size}", no_image, disk, Table(), Table(), ()))
+
+
+def what_is_rare() -> None:
+    """Refusals that the happenings may not bring about in so few cases."""
+    asked = Asked(layout.METADATA + 2 * 65536, 2 * 65536)
+    slot = layout.Slot(
+        sequence=2, image=asked.image_bytes, fingerprint=asked.fingerprint, flags=layout.OPEN,
+        generation=1, boot=asked.boot_id,
+    )
+    disk = Disk()
+    disk.write(0, layout.head(65536, 2))
+    disk.write(layout.SLOTS[1], slot.sealed())
+    disk.write(layout.HEADERS, b"\1\0")
+    table = Table("found", rules.identity(slot, asked), 0, b"\0\1")
+    judged_by_the_rules(mutate.Case("another program wrote", asked, disk, table, Table(), ()))
+    smaller = dataclasses.replace(asked, image_bytes=asked.image_bytes - 1)
+    judged_by_the_rules(mutate.Case("another image", smaller, disk, table, Table(), ()))
 
 
 def the_most_stripes_there_can_be() -> None:
@@ -255,9 +283,10 @@ if __name__ == "__main__":
         for first in mutate.HAPPENINGS:
             report.profile(examples)(given(mutate.hostile(kind, first))(judged_by_the_rules))()
     what_was_once_accepted()
+    what_is_rare()
     the_most_stripes_there_can_be()
     inspect_reads_anything()
     known = set(REFUSALS) - {"nothing", "io", "too_many_stripes"}
     report.finish({f"refused: {reason}" for reason in known} | {
-        f"opened: {way}" for way in ("create", "adopt", "open", "go on")
+        f"opened: {way}" for way in ("create", "adopt", "open", "go on", "open without an image")
     })

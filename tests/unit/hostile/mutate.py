@@ -211,6 +211,20 @@ def _other_options(draw: st.DrawFn, case: Case) -> Case:
     )
 
 
+def _without_image(draw: st.DrawFn, case: Case) -> Case:
+    """Nobody has its image any more; mostly it has, or nearly has, all of that."""
+    way = draw(st.sampled_from(["as it is", "full", "full", "one missing"]))
+    asked, disk, table = case.asked, case.disk.copy(), case.table
+    if way != "as it is" and case.kind in (*OURS, "bdev_ubi") and asked.image_bytes:
+        stripes = rules.stripes_of(asked.image_bytes, asked.default_stripe_bytes)
+        disk.write(layout.HEADERS, b"\1\0" * stripes)
+        if way == "one missing":
+            disk.write(layout.HEADERS + 2 * draw(st.integers(0, stripes - 1)), b"\0")
+        table = dataclasses.replace(table, rows=b"\1" * len(table.rows))
+    asked = dataclasses.replace(asked, no_image=True, image_bytes=0, fingerprint=bytes(32))
+    return _after(case, f"no image, {way}", asked=asked, disk=disk, table=table)
+
+
 def _table_changes(draw: st.DrawFn, case: Case) -> Case:
     """The table is another one, or not there; or it is there under its temporary name."""
     way = draw(st.sampled_from(["lost", "live", "damaged", "latched", "moved", "field", "rows"]))
@@ -251,4 +265,5 @@ HAPPENINGS = {
     "block": _block_lost,
     "options": _other_options,
     "table": _table_changes,
+    "no image": _without_image,
 }

@@ -6,6 +6,7 @@ program may name any one of them.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -56,12 +57,17 @@ class Asked:
     adopt: bool = False
     force: bool = False
     force_stale: bool = False
+    no_image: bool = False
 
 
 @dataclass
 class Judgement:
-    """`reasons` against it; if there are none, `way`: create, adopt, open anew, go on."""
+    """`reasons` against it; if there are none, `way`: create, adopt, open anew, go on.
 
+    `asked` is what was asked for, with what is recorded in the place of an image that is not there.
+    """
+
+    asked: Asked
     reasons: set[str] = field(default_factory=set)
     way: str = ""
     slot: Slot | None = field(default=None, repr=False)
@@ -117,8 +123,8 @@ def judge(disk: Disk, asked: Asked, table: Table, temporary: Table) -> Judgement
     if not first.startswith(layout.MAGIC):
         if not disk.blocks or _is_cut_short(disk, conditions):
             return _new(asked)
-        return Judgement({"foreign"})
-    found = Judgement()
+        return Judgement(asked, {"foreign"})
+    found = Judgement(asked)
     if first[9:11] != b"\0\0" or first[11:13] not in (b"\1\0", b"\2\0"):
         found.reasons.add("version")
     if "newer" in conditions:
@@ -130,7 +136,7 @@ def judge(disk: Disk, asked: Asked, table: Table, temporary: Table) -> Judgement
     else:
         _judge_recorded(found, disk, conditions, first[13], asked)
     if not found.refused:
-        _judge_tables(found, disk, asked, table, temporary)
+        _judge_tables(found, disk, found.asked, table, temporary)
     return found
 
 
@@ -145,13 +151,16 @@ def _is_cut_short(disk: Disk, conditions: list[str]) -> bool:
 
 def _new(asked: Asked) -> Judgement:
     stripe = asked.stripe_bytes or asked.default_stripe_bytes
-    return Judgement(geometry(stripe, asked), "create", stripe=stripe)
+    reasons = geometry(stripe, asked) | ({"needs_image"} if asked.no_image else set())
+    return Judgement(asked, reasons, "create", stripe=stripe)
 
 
 def _judge_foreign_disk(found: Judgement, recorded: int, asked: Asked) -> None:
     """One of bdev_ubi's: its stripe size is known in part."""
     if not asked.adopt:
         found.reasons.add("adopt")
+    if asked.no_image:
+        found.reasons.add("needs_image")
     stripe = asked.stripe_bytes or recorded << 10
     if not stripe:
         found.reasons.add("stripe_unknown")
@@ -175,6 +184,12 @@ def _judge_recorded(
     found.slot_index = max(valid, key=lambda index: (slots[index].sequence, -index))
     found.slot = slot = slots[found.slot_index]
     found.stripe = slot.stripe
+    if asked.no_image:
+        asked = found.asked = dataclasses.replace(
+            asked, image_bytes=slot.image, fingerprint=slot.fingerprint,
+        )
+    if slot.image == 0:
+        found.reasons.add("damaged")
     if max(slot.sequence, slot.generation) >= COUNTER_LIMIT or recorded != slot.stripe >> 10 & 0xFF:
         found.reasons.add("damaged")
     if asked.stripe_bytes not in (0, slot.stripe):
@@ -183,7 +198,11 @@ def _judge_recorded(
         found.reasons.add("image_size")
     if asked.fingerprint != slot.fingerprint and not asked.force:
         found.reasons.add("fingerprint")
-    found.reasons |= geometry(slot.stripe, asked)
+    unfit = geometry(slot.stripe, asked)
+    found.reasons |= unfit
+    if asked.no_image and not unfit and not all(
+            headers(disk, stripes_of(slot.image, slot.stripe))):
+        found.reasons.add("needs_image")
 
 
 def identity(slot: Slot, asked: Asked) -> Identity:
