@@ -477,6 +477,21 @@ def test_the_smallest_base_that_an_image_fits(stripe: int, image: int, stripes: 
                    base_bytes=needed - 1) == "TOO_SMALL"
 
 
+def test_a_disks_block_size_is_what_it_was_made_with() -> None:
+    """Image and base may move to other disks; what a guest has formatted stays as it is."""
+    disk, tables = Disk(), Tables()
+    for asked in (4096, 512, 0):
+        opening = open_base(disk, tables, block_bytes=asked)
+        assert disk.current().block_bytes == 4096
+        opening.run(t.EVENT_STOP)
+        assert disk.current().block_bytes == 4096
+    # One that has none recorded, as before there was such a field, gets it with its next opening.
+    disk, tables = made(1)
+    assert disk.current().block_bytes == 0
+    open_base(disk, tables, block_bytes=512)
+    assert disk.current().block_bytes == 512
+
+
 def test_the_recorded_stripe_size_governs_without_being_asked_for() -> None:
     disk, tables = made(3, stripe_bytes=512 * KIB)
     opening = open_base(disk, tables)

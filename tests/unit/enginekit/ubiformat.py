@@ -27,7 +27,8 @@ FIELDS = {
     "magic": (0, 8), "version": (8, 4), "crc32c": (12, 4), "sequence": (16, 8),
     "feature_incompat": (24, 8), "feature_compat": (32, 8), "stripe_bytes": (40, 4),
     "flags": (44, 4), "image_bytes": (48, 8), "fingerprint": (56, 32), "uuid": (88, 16),
-    "generation": (104, 8), "boot_id": (112, 16), "rest": (128, 384),
+    "generation": (104, 8), "boot_id": (112, 16), "block_bytes": (128, 4),
+    "rest": (132, 380),
 }
 _RAW = {"magic", "fingerprint", "uuid", "boot_id", "rest"}
 
@@ -57,6 +58,7 @@ class Slot(NamedTuple):
     uuid: bytes
     generation: int
     boot_id: bytes
+    block_bytes: int
     rest: bytes
     crc_fits: bool
 
