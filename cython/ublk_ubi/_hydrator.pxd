@@ -19,9 +19,9 @@ Commit round, one at a time
     pages written → fdatasync → D is DURABLE, the joiners are answered
 
 Background hydration goes through the image in passes, as fast as EVENT_BUDGET allows, with at most
-half of the buffers. A pass ends when the last of its copies has; stripes that fail are passed over,
-and the next pass begins after 1, 2, 4 … 64 ticks. A base that is full ends a pass at once. There are
-no more passes once the base has all.
+half of the buffers. A pass ends with the last of its copies; stripes that fail are passed over, and
+the next pass begins after 1, 2, 4 … 64 ticks. A base that is full ends a pass at once. There are no
+more passes once the base has all.
 
 Invariants
 - A header bit is written only after an fdatasync that began after its stripe's data was complete.

@@ -241,7 +241,7 @@ static void hydrator_sends(void)
     Action action = message();
     for (int turn = 0; turn < MESSAGES; turn++) {
         THREADS(put)(&to_queue[0], &action);
-        THREADS(ring_bell)(&hydrator.base, &bells[0]);
+        THREADS(ring_bell)(&hydrator.base, &to_queue[0], &bells[0]);
     }
 }
 
@@ -250,7 +250,7 @@ static void hydrator_sends_at_once(void)
     Action action = message();
     for (int i = 0; i < MESSAGES; i++)
         THREADS(put)(&to_queue[0], &action);
-    THREADS(ring_bell)(&hydrator.base, &bells[0]);
+    THREADS(ring_bell)(&hydrator.base, &to_queue[0], &bells[0]);
 }
 
 static void queue_sends(void)
@@ -259,7 +259,8 @@ static void queue_sends(void)
     Action action = message();
     for (int i = 0; i < expected / (coroutine_count - 1); i++) {
         THREADS(send_to_hydrator)(queue, &action);
-        THREADS(ring_bell)(&queue->base, &bells[device.shared.queues]);
+        THREADS(ring_bell)(&queue->base, &to_hydrator[queue->queue.index],
+                           &bells[device.shared.queues]);
     }
 }
 
