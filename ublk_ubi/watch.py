@@ -47,8 +47,16 @@ def lock() -> int | None:
     return fd
 
 
-def start_in_background() -> None:
-    """Start a watch unless one runs. A device that is live by now will be seen by either."""
+def start_in_background(name: str) -> None:
+    """Start a watch for the live device `name` unless one runs, which sees it as well.
+
+    What cannot be brought back (--no-recovery, an old kernel) needs none.
+    """
+    if not any(
+        device.name == name and device.state is not None and device.state.recoverable
+        for device in runtime.all_devices()
+    ):
+        return
     fd = lock()
     if fd is None:
         return

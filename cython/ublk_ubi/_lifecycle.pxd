@@ -35,7 +35,8 @@ Who opens, what is found
     open, else   none                             new (power was lost)
     open, else   any                              refuse: a copy
     any          somebody holds it                refuse: live
-`force_stale` turns all refusals of this list but the last into: drop it, new.
+`force_stale` turns all refusals of this list but the last into: drop it, new. A table of a base in
+another place is not dropped: that may be the original of a copy. The copy gets a UUID of its own.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t

@@ -269,6 +269,13 @@ cdef bint same_table(const TableIdentity* a, const TableIdentity* b) noexcept no
             and a.inode == b.inode)
 
 
+cdef bint is_anothers(Lifecycle* lifecycle) noexcept nogil:
+    """The table that was found is of a base in another place: this one is a copy, or moved."""
+    return lifecycle.found_state == TABLE_FOUND and (
+        lifecycle.found.device != lifecycle.options.device
+        or lifecycle.found.inode != lifecycle.options.inode)
+
+
 cdef void decide(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     """The list in _lifecycle.pxd."""
     cdef TableIdentity expected
@@ -304,6 +311,10 @@ cdef void decide(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     if refusal != REFUSE_NOTHING and not lifecycle.options.force_stale:
         refuse(lifecycle, refusal)
         return
+    if refusal != REFUSE_NOTHING and is_anothers(lifecycle):
+        memcpy(lifecycle.slot.uuid, lifecycle.options.new_uuid, 16)
+        lifecycle.found_state = TABLE_NONE
+        lifecycle.temporary_state = TABLE_NONE
     host(lifecycle, PHASE_BEFORE_WRITE, HOST_BEFORE_WRITE, actions)
 
 

@@ -226,8 +226,8 @@ REQUESTS = (
            (Change(QUEUE, "            request.follows = FOLLOWS_SYNC\n",
                    "            request.follows = FOLLOWS_NOTHING\n"),)),
     Mutant("image closed under a read", "the base has had the stripe by then",
-           (Change(QUEUE, "        if event.result < 0 and stripe_state(",
-                   "        if event.result < -99 and stripe_state("),)),
+           (Change(QUEUE, "    if result < 0 and stripe_state(",
+                   "    if result < -99 and stripe_state("),)),
     Mutant("complete before PRESENT",
            "killed now, the daemon's successor takes the stripe from the image",
            (Change(QUEUE, """        request.result = event.result

@@ -164,11 +164,11 @@ def command(
     from ublk_ubi.launch import start_daemon
 
     # For people only: a script's log needs no news of a wait that ends well.
-    _show(start_daemon(options, notice if sys.stderr.isatty() else None), as_json=as_json)
-    if options.recovery:
-        from ublk_ubi.watch import start_in_background
+    ready = start_daemon(options, notice if sys.stderr.isatty() else None)
+    _show(ready, as_json=as_json)
+    from ublk_ubi.watch import start_in_background
 
-        start_in_background()
+    start_in_background(ready.name)
     return Exit.OK
 
 

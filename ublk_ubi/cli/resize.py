@@ -16,7 +16,7 @@ from ublk_ubi.errors import Exit
 
 EXAMPLES = """
   ublk-ubi resize vm1 40G
-  lvextend -L +10G vg/vm1 && ublk-ubi resize vm1
+  ublk-ubi resize vm1                   after `lvextend -L +10G vg/vm1`
 """
 
 
