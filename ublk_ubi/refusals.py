@@ -24,6 +24,11 @@ AFTER_POWER_LOSS = (
 )
 
 
+def _error_text(number: int) -> str:
+    """Name an errno that was read somewhere, and may be no such number."""
+    return os.strerror(number) if number < 1 << 31 else f"error {number}"
+
+
 class Context:
     """What the messages speak of."""
 
@@ -66,6 +71,16 @@ def _bounds(context: Context) -> UbiError:
     return UbiError(f"{context.what} cannot have stripes of {context.recorded()}")
 
 
+def _stripe_range(context: Context) -> UbiError:
+    """Tell whose stripe size it is: the user's, or what the base records."""
+    if context.options.stripe_size == context.opener.stripe_bytes:
+        return _bounds(context)
+    return UbiError(
+        f"{context.what} records stripes of {context.recorded()}, which no disk here can have "
+        "(64K to 1M, a power of two): restore it from a backup, or start anew with --format",
+    )
+
+
 _LINES: dict[str, Callable[[Context], UbiError]] = {
     "foreign": lambda c: UbiError(
         f"{c.what} is not empty and not a disk of ours: look with `ublk-ubi inspect "
@@ -93,7 +108,7 @@ _LINES: dict[str, Callable[[Context], UbiError]] = {
         f"{c.what} has stripes of {c.recorded()}, not of {c.asked()}: drop --stripe-size, or "
         "start anew with --format",
     ),
-    "stripe_range": _bounds,
+    "stripe_range": _stripe_range,
     "too_many_stripes": _bounds,
     "too_small": _bounds,
     "image_size": lambda c: UbiError(
@@ -120,7 +135,7 @@ _LINES: dict[str, Callable[[Context], UbiError]] = {
         f"writes may be lost, or it is a copy of a disk in use; {AFTER_POWER_LOSS}",
     ),
     "latched": lambda c: UbiError(
-        f"{c.what} failed to make writes durable ({os.strerror(c.opener.latch)}) and may have lost "
+        f"{c.what} failed to make writes durable ({_error_text(c.opener.latch)}) and may have lost "
         f"some: check its disk (see `dmesg`); then {AFTER_POWER_LOSS}",
         Exit.DEGRADED,
     ),

@@ -82,6 +82,7 @@ cdef bint set_geometry(Lifecycle* lifecycle, uint32_t stripe_bytes) noexcept nog
     if stripe_bytes < 64 << 10 or stripe_bytes > 1 << 20 or stripe_bytes & (stripe_bytes - 1):
         refuse(lifecycle, REFUSE_STRIPE_RANGE)
         return False
+    # Without an image its size is what a slot says, which may be anything.
     stripes = image // stripe_bytes + (image % stripe_bytes != 0)
     if stripes > MAX_STRIPES:
         refuse(lifecycle, REFUSE_TOO_MANY_STRIPES)

@@ -45,11 +45,13 @@ def build(change: Change | None = None) -> Path:
         package = BUILDS / ("planted" if change else "plain") / "ublk_ubi"
         package.mkdir(parents=True, exist_ok=True)
         for name, (sanitizers, modules) in GROUPS.items():
-            planted = change is not None and change.file.partition(".")[0] in modules
-            made = _made(f"{name}-planted" if planted else name, sanitizers, modules,
-                         change if planted else None)
-            for module in made:
-                _copy(module, package / module.name)
+            for path in _made(name, sanitizers, modules):
+                _copy(path, package / path.name)
+        if change is not None:
+            module = change.file.partition(".")[0]
+            name = next(name for name, (_, modules) in GROUPS.items() if module in modules)
+            for path in _made(f"{name}-planted", GROUPS[name][0], (module,), change):
+                _copy(path, package / path.name)
         for path in (ROOT / "ublk_ubi").glob("*.py"):
             _copy(path, package / path.name)
     return package.parent
@@ -78,7 +80,7 @@ def run(folder: Path, program: str, *words: str, timeout_s: float = 120.0) -> tu
 
 
 def _made(
-    name: str, sanitizers: str, modules: tuple[str, ...], change: Change | None,
+    name: str, sanitizers: str, modules: tuple[str, ...], change: Change | None = None,
 ) -> list[Path]:
     """Run setup.py in a copy of what it needs; it compiles what has changed."""
     folder = BUILDS / name
@@ -102,7 +104,7 @@ def _made(
     )
     assert done.returncode == 0, f"no {name}:\n{(done.stdout + done.stderr)[-MAX_REPORT:]}"
     (folder / "recipe").write_text(recipe)
-    return sorted((folder / "ublk_ubi").glob("*.so"))
+    return [next((folder / "ublk_ubi").glob(f"{module}.*.so")) for module in modules]
 
 
 def _sources(modules: tuple[str, ...]) -> dict[str, str]:

@@ -76,14 +76,19 @@ def streams(draw: st.DrawFn) -> tuple[bytes, list[int]]:
     stream = draw(st.sampled_from([b"", b"\n", b" "])).join(
         draw(st.lists(st.one_of(requests(), requests(), JSON.map(json.dumps).map(str.encode)),
                       min_size=1, max_size=4)))
-    way = draw(st.sampled_from(["whole", "whole", "cut", "put", "deep", "long", "noise"]))
+    way = draw(st.sampled_from(
+        ["whole", "whole", "cut", "put", "latin", "deep", "long", "noise"]))
     at = draw(st.integers(0, len(stream)))
     if way == "cut":
         stream = stream[:at]
     elif way == "put":
         stream = stream[:at] + draw(st.binary(min_size=1, max_size=6)) + stream[at + 2 :]
+    elif way == "latin":
+        stream = stream.replace(draw(st.sampled_from([b"a", b"s", b"7"])), b"\xe9")
     elif way == "deep":
-        stream = stream[:at] + b'{"a":[' * 40 + stream[at:]
+        count = draw(st.sampled_from([20_000, 40, 8]))
+        nest = b'{"method":"status","params":' + b"[" * count + b"]" * count + b"}"
+        stream = draw(st.sampled_from([nest, stream[:at] + nest, b"[" * count])) + stream[at:]
     elif way == "long":
         stream = stream[:at] + b"1" * 70_000 + stream[at:]
     elif way == "noise":
@@ -191,8 +196,6 @@ def answers(data: bytes) -> list[dict[str, Any]]:
     return found
 
 
-@report.profile(350)
-@given(streams())
 def server_is_sound(case: tuple[bytes, list[int]]) -> None:
     last.note(case)
     served = the_server
@@ -210,8 +213,6 @@ def server_is_sound(case: tuple[bytes, list[int]]) -> None:
     assert len(served.server._clients) == 0
 
 
-@report.profile(100)
-@given(st.lists(requests(), min_size=1, max_size=5))
 def sound_streams_lose_nothing(texts: list[bytes]) -> None:
     """As long as it is JSON, nothing that is wrong with one request harms the next."""
     last.note(texts)
@@ -274,8 +275,6 @@ class Peer:
                 sock.sendall(self.response)
 
 
-@report.profile(150)
-@given(RESPONSES, st.booleans())
 def client_is_sound(response: bytes, reads: bool) -> None:
     last.note(response)
     the_peer.response, the_peer.reads = response, reads
@@ -291,12 +290,13 @@ def client_is_sound(response: bytes, reads: bool) -> None:
 
 if __name__ == "__main__":
     the_server = Served()
-    server_is_sound()
-    sound_streams_lose_nothing()
+    codes = {"-32700", "-32600", "-32601", "-32602", "-32000"}
+    for number in report.rounds({"calls", "result"} | codes):
+        report.profile(350, number)(given(streams())(server_is_sound))()
+    report.profile(100)(given(st.lists(requests(), min_size=1, max_size=5))(
+        sound_streams_lose_nothing))()
     the_server.server.close()
     the_peer = Peer()
-    client_is_sound()
-    report.finish({
-        "calls", "result", "-32700", "-32600", "-32601", "-32602", "-32000", "client: error",
-        "client: result",
-    })
+    for number in report.rounds({"client: error", "client: result"}):
+        report.profile(150, number)(given(RESPONSES, st.booleans())(client_is_sound))()
+    report.finish()

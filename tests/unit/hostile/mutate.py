@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 
 from hypothesis import strategies as st
 from unit.hostile import layout, rules
@@ -15,7 +16,7 @@ STRIPES = tuple(1 << power for power in range(16, 21))
 IMAGES = (1, 65536, 65537, 1 << 20, 20 << 20, 2041 << 16, 2042 << 16, 4089 << 16)
 # What a base was, and how many cases of each happening to it are worth the time.
 KINDS = {
-    "closed": 12, "open here": 18, "open elsewhere": 7, "bdev_ubi": 12, "blank": 2, "cut short": 4,
+    "closed": 10, "open here": 14, "open elsewhere": 7, "bdev_ubi": 12, "blank": 2, "cut short": 4,
     "something else": 2, "noise": 2,
 }
 OURS = ("closed", "open here", "open elsewhere")
@@ -65,6 +66,7 @@ def sound(draw: st.DrawFn, kind: str) -> Case:
     asked = Asked(
         base_bytes=layout.METADATA + stripes * stripe + draw(st.sampled_from([0, 512, 1 << 30])),
         image_bytes=image, default_stripe_bytes=stripe,
+        block_bytes=draw(st.sampled_from([512, 4096])),
         adopt=kind == "bdev_ubi" and draw(st.sampled_from([True, True, True, False])),
         stripe_bytes=draw(st.sampled_from([0, 0, stripe])),
     )
@@ -73,6 +75,7 @@ def sound(draw: st.DrawFn, kind: str) -> Case:
     slot = Slot(
         sequence=newest, stripe=stripe, image=image, fingerprint=asked.fingerprint, uuid=b"U" * 16,
         generation=draw(st.integers(1, 5)), boot=asked.boot_id,
+        block=draw(st.sampled_from([0, 512, 4096])),
     )
     if kind in ("open here", "open elsewhere"):
         boot = asked.boot_id if kind == "open here" else b"e" * 16
@@ -116,7 +119,7 @@ def _rows(draw: st.DrawFn, headers: bytes) -> bytes:
 @st.composite
 def hostile(draw: st.DrawFn, kind: str, first: str) -> Case:
     """A base to which something has happened, and perhaps more after that."""
-    case = HAPPENINGS[first](draw, draw(sound(kind)))
+    case = (HAPPENINGS | DIRECTED)[first](draw, draw(sound(kind)))
     for name in draw(st.lists(st.sampled_from(sorted(HAPPENINGS)), max_size=2)):
         case = HAPPENINGS[name](draw, case)
     return case
@@ -153,10 +156,10 @@ def _head_changes(draw: st.DrawFn, case: Case) -> Case:
     return _after(case, f"byte {offset} is {value}", disk=disk)
 
 
-def _slot_changes(draw: st.DrawFn, case: Case) -> Case:
+def _slot_changes(draw: st.DrawFn, case: Case, name: str = "") -> Case:
     """A field of a slot, mostly under a checksum that fits."""
     index = draw(st.integers(0, 1))
-    name = draw(st.sampled_from(sorted(layout.FIELDS)))
+    name = name or draw(st.sampled_from(sorted(layout.FIELDS)))
     offset, length = layout.FIELDS[name]
     data = case.disk.slot(index)
     if length <= 8 and name != "magic":
@@ -166,7 +169,7 @@ def _slot_changes(draw: st.DrawFn, case: Case) -> Case:
     else:
         value = draw(st.sampled_from([bytes(length), b"\xff" * length, b"x" * length]))
     data = data[:offset] + value + data[offset + length :]
-    sealed = draw(st.integers(0, 4)) > 0 and name != "crc"
+    sealed = draw(st.integers(0, 4)) < 4 and name != "crc"
     disk = case.disk.copy()
     disk.write(layout.SLOTS[index], layout.seal(data) if sealed else data)
     return _after(case, f"slot {index}: {name} {value[:8].hex()} sealed {sealed}", disk=disk)
@@ -192,13 +195,18 @@ def _block_lost(draw: st.DrawFn, case: Case) -> Case:
     return _after(case, f"block {number} lost", disk=disk)
 
 
-def _other_options(draw: st.DrawFn, case: Case) -> Case:
+OPTIONS = (
+    "format", "adopt", "force", "force_stale", "stripe_bytes", "base_bytes", "image_bytes",
+    "fingerprint", "boot_id", "inode", "no_image",
+)
+
+
+def _other_options(draw: st.DrawFn, case: Case, name: str = "") -> Case:
     """It is opened as something that it is not."""
     asked = case.asked
-    name = draw(st.sampled_from([
-        "format", "adopt", "force", "force", "force_stale", "force_stale", "stripe_bytes",
-        "base_bytes", "image_bytes", "fingerprint", "boot_id", "inode",
-    ]))
+    name = name or draw(st.sampled_from(OPTIONS))
+    if name == "no_image":
+        return _no_image(draw, case)
     values = {
         "format": True, "adopt": not asked.adopt, "force": True, "force_stale": True,
         "stripe_bytes": draw(st.sampled_from([0, *STRIPES])),
@@ -211,28 +219,32 @@ def _other_options(draw: st.DrawFn, case: Case) -> Case:
     )
 
 
-def _without_image(draw: st.DrawFn, case: Case) -> Case:
-    """Nobody has its image any more; mostly it has, or nearly has, all of that."""
-    way = draw(st.sampled_from(["as it is", "full", "full", "one missing"]))
-    asked, disk, table = case.asked, case.disk.copy(), case.table
-    if way != "as it is" and case.kind in (*OURS, "bdev_ubi") and asked.image_bytes:
-        stripes = rules.stripes_of(asked.image_bytes, asked.default_stripe_bytes)
+def _no_image(draw: st.DrawFn, case: Case) -> Case:
+    """The base shall do without, and often it can."""
+    disk, table = case.disk, case.table
+    asked = dataclasses.replace(case.asked, no_image=True, image_bytes=0, fingerprint=bytes(32))
+    if draw(st.integers(0, 3)) < 3:
+        newest = rules.newest(disk)
+        stripes = rules.stripes_of(newest.image, newest.stripe) if newest else 1
+        disk = disk.copy()
         disk.write(layout.HEADERS, b"\1\0" * stripes)
-        if way == "one missing":
-            disk.write(layout.HEADERS + 2 * draw(st.integers(0, stripes - 1)), b"\0")
         table = dataclasses.replace(table, rows=b"\1" * len(table.rows))
-    asked = dataclasses.replace(asked, no_image=True, image_bytes=0, fingerprint=bytes(32))
-    return _after(case, f"no image, {way}", asked=asked, disk=disk, table=table)
+    return _after(case, "no image", asked=asked, disk=disk, table=table)
 
 
-def _table_changes(draw: st.DrawFn, case: Case) -> Case:
+TABLES = ("lost", "live", "damaged", "latched", "moved", "both", "field", "rows")
+
+
+def _table_changes(draw: st.DrawFn, case: Case, way: str = "") -> Case:
     """The table is another one, or not there; or it is there under its temporary name."""
-    way = draw(st.sampled_from(["lost", "live", "damaged", "latched", "moved", "field", "rows"]))
+    way = way or draw(st.sampled_from(TABLES))
     table, temporary = case.table, case.temporary
     if way in ("lost", "live", "damaged"):
         table = Table({"lost": "none"}.get(way, way))
     elif way == "moved":
         table, temporary = temporary, table
+    elif way == "both":
+        table, temporary = Table("damaged"), table
     elif table.identity is None:
         sizes = (case.asked.image_bytes, 65536, rules.stripes_of(case.asked.image_bytes, 65536))
         named = Identity(b"U" * 16, b"f" * 32, draw(st.integers(0, 5)), 1, 2, *sizes)
@@ -242,6 +254,10 @@ def _table_changes(draw: st.DrawFn, case: Case) -> Case:
     elif way == "rows":
         row = draw(st.sampled_from([b"\0", b"\1", b"\xff"]))
         table = dataclasses.replace(table, rows=row * len(table.rows))
+        # A header bit that a table without rows does not know.
+        disk = case.disk.copy()
+        disk.write(layout.HEADERS, b"\1")
+        case = dataclasses.replace(case, disk=disk)
     else:
         table = dataclasses.replace(table, identity=_other_identity(draw, table.identity))
     return _after(case, f"table {way}", table=table, temporary=temporary)
@@ -265,5 +281,18 @@ HAPPENINGS = {
     "block": _block_lost,
     "options": _other_options,
     "table": _table_changes,
-    "no image": _without_image,
 }
+# Each of what those draw first. Few cases are needed: there is little left to be drawn.
+DIRECTED = {
+    **{f"slot: {name}": partial(_slot_changes, name=name) for name in layout.FIELDS},
+    **{f"options: {name}": partial(_other_options, name=name) for name in OPTIONS},
+    **{f"table: {way}": partial(_table_changes, way=way) for way in TABLES},
+}
+
+
+def plan(kinds: dict[str, int]) -> list[tuple[str, str, int]]:
+    """Kind, happening, and how many cases of it are worth the time."""
+    return [(kind, first, examples) for kind, examples in kinds.items() for first in HAPPENINGS] + [
+        (kind, first, 6 if first == "options: no_image" else 2)
+        for kind in kinds if kind in ("closed", "open here") for first in DIRECTED
+    ]

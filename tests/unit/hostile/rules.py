@@ -6,8 +6,7 @@ program may name any one of them.
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from unit.hostile import layout
@@ -53,26 +52,24 @@ class Asked:
     new_uuid: bytes = b"u" * 16
     stripe_bytes: int = 0
     default_stripe_bytes: int = 1 << 20
+    block_bytes: int = 0
     format: bool = False
     adopt: bool = False
     force: bool = False
     force_stale: bool = False
-    no_image: bool = False
+    no_image: bool = False             # what is recorded stands for size and fingerprint
 
 
 @dataclass
 class Judgement:
-    """`reasons` against it; if there are none, `way`: create, adopt, open anew, go on.
+    """`reasons` against it; if there are none, `way`: create, adopt, open anew, go on."""
 
-    `asked` is what was asked for, with what is recorded in the place of an image that is not there.
-    """
-
-    asked: Asked
     reasons: set[str] = field(default_factory=set)
     way: str = ""
     slot: Slot | None = field(default=None, repr=False)
     slot_index: int = 1                # where the slot that counts is; the other is written next
     stripe: int = 0
+    asked: Asked | None = field(default=None, repr=False)      # … with what the base records
 
     @property
     def refused(self) -> bool:
@@ -105,6 +102,8 @@ def geometry(stripe: int, asked: Asked) -> set[str]:
     """Why a disk cannot have this stripe size."""
     if stripe not in (1 << power for power in range(16, 21)):
         return {"stripe_range"}
+    if asked.image_bytes == 0:
+        return {"damaged"}             # recorded: nobody has such an image
     reasons = set()
     stripes = stripes_of(asked.image_bytes, stripe)
     if stripes > layout.MAX_STRIPES:
@@ -116,6 +115,12 @@ def geometry(stripe: int, asked: Asked) -> set[str]:
 
 def judge(disk: Disk, asked: Asked, table: Table, temporary: Table) -> Judgement:
     """Judge a base and what is found in the tables' folder for its UUID."""
+    found = _judge(disk, asked, table, temporary)
+    found.asked = found.asked or asked
+    return found
+
+
+def _judge(disk: Disk, asked: Asked, table: Table, temporary: Table) -> Judgement:
     if asked.format:
         return _new(asked)
     first = disk.read(0, layout.BLOCK)
@@ -123,8 +128,8 @@ def judge(disk: Disk, asked: Asked, table: Table, temporary: Table) -> Judgement
     if not first.startswith(layout.MAGIC):
         if not disk.blocks or _is_cut_short(disk, conditions):
             return _new(asked)
-        return Judgement(asked, {"foreign"})
-    found = Judgement(asked)
+        return Judgement({"foreign"})
+    found = Judgement()
     if first[9:11] != b"\0\0" or first[11:13] not in (b"\1\0", b"\2\0"):
         found.reasons.add("version")
     if "newer" in conditions:
@@ -134,9 +139,9 @@ def judge(disk: Disk, asked: Asked, table: Table, temporary: Table) -> Judgement
     elif "valid" not in conditions:
         found.reasons.add("damaged")
     else:
-        _judge_recorded(found, disk, conditions, first[13], asked)
+        asked = _judge_recorded(found, disk, conditions, first[13], asked)
     if not found.refused:
-        _judge_tables(found, disk, found.asked, table, temporary)
+        _judge_tables(found, disk, asked, table, temporary)
     return found
 
 
@@ -151,8 +156,8 @@ def _is_cut_short(disk: Disk, conditions: list[str]) -> bool:
 
 def _new(asked: Asked) -> Judgement:
     stripe = asked.stripe_bytes or asked.default_stripe_bytes
-    reasons = geometry(stripe, asked) | ({"needs_image"} if asked.no_image else set())
-    return Judgement(asked, reasons, "create", stripe=stripe)
+    reasons = {"needs_image"} if asked.no_image else geometry(stripe, asked)
+    return Judgement(reasons, "create", stripe=stripe)
 
 
 def _judge_foreign_disk(found: Judgement, recorded: int, asked: Asked) -> None:
@@ -177,19 +182,15 @@ def _judge_foreign_disk(found: Judgement, recorded: int, asked: Asked) -> None:
 
 def _judge_recorded(
     found: Judgement, disk: Disk, conditions: list[str], recorded: int, asked: Asked,
-) -> None:
-    """A disk of ours: the valid slot with the higher sequence counts."""
+) -> Asked:
+    """A disk of ours: the valid slot with the higher sequence counts. What is asked, as it is."""
     valid = [index for index in range(2) if conditions[index] == "valid"]
     slots = {index: layout.unpack(disk.slot(index)) for index in valid}
     found.slot_index = max(valid, key=lambda index: (slots[index].sequence, -index))
     found.slot = slot = slots[found.slot_index]
     found.stripe = slot.stripe
     if asked.no_image:
-        asked = found.asked = dataclasses.replace(
-            asked, image_bytes=slot.image, fingerprint=slot.fingerprint,
-        )
-    if slot.image == 0:
-        found.reasons.add("damaged")
+        asked = replace(asked, image_bytes=slot.image, fingerprint=slot.fingerprint)
     if max(slot.sequence, slot.generation) >= COUNTER_LIMIT or recorded != slot.stripe >> 10 & 0xFF:
         found.reasons.add("damaged")
     if asked.stripe_bytes not in (0, slot.stripe):
@@ -198,11 +199,13 @@ def _judge_recorded(
         found.reasons.add("image_size")
     if asked.fingerprint != slot.fingerprint and not asked.force:
         found.reasons.add("fingerprint")
-    unfit = geometry(slot.stripe, asked)
-    found.reasons |= unfit
-    if asked.no_image and not unfit and not all(
-            headers(disk, stripes_of(slot.image, slot.stripe))):
-        found.reasons.add("needs_image")
+    found.reasons |= geometry(slot.stripe, asked)
+    if asked.no_image and not found.refused:
+        headers_ = headers(disk, stripes_of(slot.image, slot.stripe))
+        if not all(headers_):
+            found.reasons.add("needs_image")
+    found.asked = asked
+    return asked
 
 
 def identity(slot: Slot, asked: Asked) -> Identity:
