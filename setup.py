@@ -16,6 +16,8 @@ SOURCES = Path("cython/ublk_ubi")
 # Modules that only tests need are built on request, and where no installation looks.
 TESTING = bool(os.environ.get("UBLK_UBI_TEST"))
 TESTING_PREFIX = "_testing"
+# gcov shall count lines of the .pyx: such C has #line in it, and lies elsewhere than other builds'.
+COVERAGE = bool(os.environ.get("UBLK_UBI_COVERAGE"))
 
 # What a missing header means in Debian's words; those that others include come first.
 NEEDED_HEADERS = {
@@ -68,7 +70,7 @@ def extensions() -> list[Extension]:
     if sanitizer := os.environ.get("UBLK_UBI_SANITIZE"):
         flags += [f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer"]
         link += [f"-fsanitize={sanitizer}"]
-    if os.environ.get("UBLK_UBI_COVERAGE"):
+    if COVERAGE:
         flags += ["--coverage", "-O0"]
         link += ["--coverage"]
     return [
@@ -100,7 +102,9 @@ setup(
     ext_modules=cythonize(
         extensions(),
         include_path=["cython"],
-        annotate=bool(os.environ.get("UBLK_UBI_ANNOTATE")),
+        annotate=bool(os.environ.get("UBLK_UBI_ANNOTATE")) and not COVERAGE,
+        emit_linenums=COVERAGE,
+        build_dir="build/coverage" if COVERAGE else None,
         compiler_directives={
             "language_level": "3",
             "boundscheck": False,
