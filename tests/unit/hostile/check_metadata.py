@@ -149,7 +149,7 @@ def names_its_table(host: Host, verdict: rules.Judgement) -> None:
     assert slot.generation == (verdict.slot.generation if verdict.slot else 0) + 1
     assert slot.block == ((verdict.slot.block if verdict.slot else 0) or asked.block_bytes)
     if verdict.slot is not None:
-        assert slot.uuid == verdict.slot.uuid
+        assert slot.uuid == (asked.new_uuid if verdict.copied else verdict.slot.uuid)
     assert disk.read(0, 14) == layout.head(verdict.stripe, 2)
     expected = rules.identity(slot, asked)
     assert host.steps.identity == {**expected._asdict(), "latch": 0}

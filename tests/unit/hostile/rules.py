@@ -70,6 +70,7 @@ class Judgement:
     slot_index: int = 1                # where the slot that counts is; the other is written next
     stripe: int = 0
     asked: Asked | None = field(default=None, repr=False)      # … with what the base records
+    copied: bool = False               # it gets a UUID of its own
 
     @property
     def refused(self) -> bool:
@@ -244,6 +245,9 @@ def _judge_tables(
         reason = "stale"
     if reason and asked.force_stale:
         found.way = "open"
+        # A table of a base in another place stays: this one may be a copy of that.
+        found.copied = table.state == "found" and table.identity is not None and (
+            (table.identity.device, table.identity.inode) != (asked.device, asked.inode))
     elif reason:
         found.reasons.add(reason)
 
