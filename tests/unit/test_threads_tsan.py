@@ -46,11 +46,18 @@ PLANTED = {
         "    message[0] = box.slots[head & box.mask]\n    store_u32(&box.head, head + 1)\n",
         "    store_u32(&box.head, head + 1)\n    message[0] = box.slots[head & box.mask]\n",
     )),
-    "present-before-written": ("world", RACE_OR_BYTES, Change(
+    "present-before-written": ("world", RACE_OR_BYTES + "|broken invariant", Change(
         "_hydrator.pyx",
-        "    fetch.phase = FETCH_WRITE\n",
-        "    fetch.phase = FETCH_WRITE\n    set_state(hydrator, fetch.stripe, PRESENT)\n"
-        "    set_state(hydrator, fetch.stripe, FETCHING)\n",
+        "    if phase == FETCH_WRITE or event.result < 0:\n"
+        "        end_fetch(hydrator, index, event.result, actions)\n"
+        "    elif image_lost(hydrator.shared):\n"
+        "        end_fetch(hydrator, index, -EIO, actions)\n"
+        "    else:\n",
+        "    set_state(hydrator, hydrator.fetches[index].stripe, FETCHING)\n"
+        "    if phase == FETCH_WRITE or event.result < 0:\n"
+        "        end_fetch(hydrator, index, event.result, actions)\n"
+        "    else:\n"
+        "        set_state(hydrator, hydrator.fetches[index].stripe, PRESENT)\n",
     )),
     "zeros-not-written": ("world", RACE_OR_BYTES, Change(
         "_hydrator.pyx",
