@@ -710,6 +710,12 @@ cdef class RingBench:
                              ubi_sqe_addr3(sqe)))
         return found
 
+    def pending_commands(self):
+        """The 16 bytes of each of their commands to ublk."""
+        cdef unsigned i
+        return [(<uint8_t*>&ubi_pending_sqe(&self.ring.uring, i).cmd)[:16]
+                for i in range(ubi_pending(&self.ring.uring))]
+
     def enter(self, uint64_t timeout_ns=0):
         """Submit, and wait."""
         with nogil:

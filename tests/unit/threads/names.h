@@ -3,6 +3,7 @@
 #define RING(name) __pyx_e_8ublk_ubi_5_ring_##name
 #define THREAD(name) __pyx_e_8ublk_ubi_8_threads_##name
 #define THREADS(name) __pyx_f_8ublk_ubi_8_threads_##name
+#define MAILBOX(name) __pyx_f_8ublk_ubi_8_mailbox_##name
 #define RING_CALL(name) __pyx_f_8ublk_ubi_5_ring_##name
 
 typedef struct __pyx_t_8ublk_ubi_5_core_Action Action;
