@@ -33,6 +33,7 @@ from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.options import MAX_RATE, MIN_RATE, DeviceOptions
 from ublk_ubi.rpc_server import Deferred, NoParams, Server
 from ublk_ubi.session import Session
+from ublk_ubi.session_status import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,7 +134,7 @@ class Daemon:
     # ---- requests ---------------------------------------------------------------------------
 
     def _on_status(self, _params: NoParams) -> dict[str, Any]:
-        return self._session.status(self._state)
+        return describe(self._session, self._state)
 
     def _on_hydrate(self, params: HydrateParams) -> dict[str, Any]:
         hydration = self._session.hydration
@@ -146,7 +147,7 @@ class Daemon:
             else:
                 hydration.pause()
         self._session.keep_hydration()
-        return self._session.status(self._state)
+        return describe(self._session, self._state)
 
     def _on_leave(self, params: LeaveParams) -> Deferred:
         if not self._session.device.recoverable:

@@ -81,23 +81,20 @@ def start_daemon(
     log_fd = runtime.open_log()
     try:
         ready_fd, their_ready_fd = os.pipe()
-        their_go_fd, go_fd = os.pipe()
+        their_go_fd, go_fd = os.pipe() if before_go is not None else (-1, -1)
         try:
             with _signals_as_bytes() as signal_fd:
                 arguments = ["--recover"] if recover else []
-                if before_go is not None:
-                    arguments += ["--go-fd", str(their_go_fd)]
                 process = _spawn(options, log_fd, their_ready_fd, their_go_fd, arguments)
                 told = _Told(log_fd, notice)
-                if before_go is not None:
-                    line = _wait_for_line(ready_fd, signal_fd, process, told)
-                    if line != LOADED:
-                        return _judge(line, process, log_fd)
-                    _begin(process, go_fd, before_go)
                 line = _wait_for_line(ready_fd, signal_fd, process, told)
+                if before_go is not None and line == LOADED:
+                    _begin(process, go_fd, before_go)
+                    line = _wait_for_line(ready_fd, signal_fd, process, told)
         finally:
             os.close(ready_fd)
-            os.close(go_fd)
+            if go_fd >= 0:
+                os.close(go_fd)
         return _judge(line, process, log_fd)
     finally:
         runtime.discard_log(log_fd)
@@ -118,7 +115,11 @@ def _begin(
 def _spawn(
     options: DeviceOptions, log_fd: int, ready_fd: int, go_fd: int, arguments: list[str],
 ) -> subprocess.Popen[bytes]:
-    """Start the process; `ready_fd` and `go_fd` are its from then on, and closed here."""
+    """Start the process; `ready_fd` and `go_fd` (or -1) are its from then on, and closed here."""
+    theirs = [ready_fd]
+    if go_fd >= 0:
+        theirs.append(go_fd)
+        arguments = [*arguments, "--go-fd", str(go_fd)]
     options_fd = os.memfd_create("options")
     try:
         data = msgspec.json.encode(options)
@@ -132,15 +133,14 @@ def _spawn(
             stderr=log_fd,
             cwd="/",
             env=environment(),
-            pass_fds=(options_fd, ready_fd, go_fd),
+            pass_fds=(options_fd, *theirs),
             start_new_session=True,
         )
     except OSError as error:
         raise UbiError(f"cannot start the daemon {sys.executable}: {error.strerror}") from None
     finally:
-        os.close(options_fd)
-        os.close(ready_fd)
-        os.close(go_fd)
+        for fd in (options_fd, *theirs):
+            os.close(fd)
 
 
 def environment() -> dict[str, str]:

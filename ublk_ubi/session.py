@@ -23,11 +23,11 @@ import select
 import signal
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from ublk_ubi import links, runtime, zeroing
+from ublk_ubi import links, new_base, runtime, zeroing
 from ublk_ubi._device import DataPlane
 from ublk_ubi._opener import Opener, Refused
 from ublk_ubi.base import Base, open_base
@@ -40,11 +40,9 @@ from ublk_ubi.files import shown, size_of, size_text
 from ublk_ubi.hydration import Hydration
 from ublk_ubi.image import FINGERPRINT_SIZE, Image, fingerprint, open_image
 from ublk_ubi.kernel_device import SECTOR, START_TIMEOUT_S, KernelDevice
-from ublk_ubi.memory import private_bytes
 from ublk_ubi.options import MAX_STRIPE_SIZE, METADATA_SIZE
 from ublk_ubi.refusals import explain
 from ublk_ubi.removal import delete_kernel_device, user_of
-from ublk_ubi.table import VERSION as TABLE_VERSION
 from ublk_ubi.table import TableHost, boot_id
 from ublk_ubi.upkeep import Upkeep
 
@@ -334,7 +332,7 @@ class Session(TableHost):
 
     def _state(self, *, live: bool = False) -> runtime.State:
         return runtime.State(
-            image=self._image_path,
+            image=self.image_path,
             base=os.path.realpath(self.base.path),
             id=self.info.id,
             device=self.info.disk_path,
@@ -347,7 +345,8 @@ class Session(TableHost):
         )
 
     @property
-    def _image_path(self) -> str | None:
+    def image_path(self) -> str | None:
+        """Where the image is, or was."""
         image = self.options.image
         return os.path.realpath(image) if image is not None else None
 
@@ -356,7 +355,7 @@ class Session(TableHost):
     def before_write(self, opener: Opener) -> None:
         """Everything is checked; take the device id, the last thing that can be refused."""
         if opener.creating:
-            self._check_tail()
+            new_base.check_tail(self.base, opener, self.options)
         self._keep_blocks(opener.block_bytes)
         if self.device.recovered:
             self.device.take_over(self.options.fence_timeout_s, self._notice)
@@ -394,37 +393,11 @@ class Session(TableHost):
 
     def zero_tail(self, opener: Opener) -> None:
         """Nobody may read through a new disk what was on this base before."""
-        start, length = self._tail(opener)
-        if length <= 0 or self.base.created or self.options.keep_old_data:
-            return
-        try:
-            zeroing.zero(self.base.fd, start, length, is_block=self.base.is_block)
-        except OSError as error:
-            raise UbiError(
-                f"base {shown(self.base.path)}: the {size_text(length)} behind its image cannot be "
-                f"zeroed: {error.strerror}; --keep-old-data leaves them as they are",
-            ) from None
+        new_base.zero_tail(self.base, opener, self.options)
 
     def created(self) -> None:
         """Make the name of a new base last."""
         self.base.sync_folder()
-
-    def _tail(self, opener: Opener) -> tuple[int, int]:
-        start = METADATA_SIZE + opener.image_stripes * opener.stripe_bytes
-        return start, self.base.size // SECTOR * SECTOR - start
-
-    def _check_tail(self) -> None:
-        """Zeroing a large disk without help of the disk takes hours: only when told."""
-        options, base = self.options, self.base
-        _, length = self._tail(self.opener)
-        if not base.is_block or length <= 0 or options.zero or options.keep_old_data:
-            return
-        if not zeroing.offloaded(base.fd):
-            raise UbiError(
-                f"base {shown(base.path)} is {size_text(length)} larger than its image, and what "
-                "was written there before would be readable: --zero overwrites it (this may take "
-                "long), --keep-old-data leaves it",
-            )
 
     def grow(self, size: int | None, *, keep_old_data: bool) -> int:
         """Make the disk as large as its base, which is grown to `size` first if that is told.
@@ -598,7 +571,7 @@ class Session(TableHost):
     def _hydrator_is(self, wanted: str) -> bool:
         state, status = self.plane.hydrator_state()
         if state == "failed":
-            image = shown(self._image_path or "no image")
+            image = shown(self.image_path or "no image")
             raise UbiError(
                 f"{image} → {shown(self.base.path)}: the last stripe of the image cannot be copied "
                 f"and committed: {os.strerror(-status)}; check both disks (see `dmesg`)",
@@ -651,7 +624,7 @@ class Session(TableHost):
                 "succeeds until the device is added anew"
             )
         if self.upkeep.image_problem is not None:
-            return f"image {shown(self._image_path or '')} {self.upkeep.image_problem}"
+            return f"image {shown(self.image_path or '')} {self.upkeep.image_problem}"
         return None
 
     @property
@@ -669,53 +642,6 @@ class Session(TableHost):
             return False
         self.image.close()
         return True
-
-    def status(self, state: str) -> dict[str, Any]:
-        """Return the status as JSON has it (docs: README, `status --json`)."""
-        stripes = self.plane.stripes()
-        counters = self.plane.counters()
-        counters["hydration"] = self.hydration.describe(counters["hydration"])
-        stripe = self.opener.stripe_bytes
-        return {
-            "schema": 1,
-            "name": self.claim.name,
-            "device": self.info.disk_path,
-            "link": self.link,
-            "id": self.info.id,
-            "pid": os.getpid(),
-            "state": state,
-            "degraded": self.degraded(),
-            "image": self._image_path,
-            "image_size": self.opener.recorded_image_bytes,
-            "independent": self.independent,
-            "base": os.path.realpath(self.base.path),
-            "size": self.size,
-            "stripe_size": self.opener.stripe_bytes,
-            "block_size": self.block_size,
-            "queues": self.info.queues,
-            "depth": self.info.depth,
-            "copy_on_read": self.options.copy_on_read,
-            "image_cache": self.options.image_cache,
-            "image_direct": self.image.direct if self.image is not None else None,
-            "base_direct": self.base.direct,
-            "data_path": "zero-copy" if self.device.zero_copy else "copy",
-            "recoverable": self.device.recoverable,
-            "table_version": TABLE_VERSION,
-            "cache": self.options.cache,
-            "uuid": str(uuid.UUID(bytes=self.opener.uuid)),
-            "generation": self.opener.generation,
-            "stripes": stripes,
-            "space": {
-                "allocated": self.upkeep.allocated,
-                "free": self.upkeep.free,
-                "hydrated": stripes["hydrated"] * stripe,
-                "needed": (stripes["total"] - stripes["hydrated"]) * stripe,
-            },
-            "memory": private_bytes(),
-            "io": self.plane.io(),
-            **counters,
-            "uptime_s": round(time.monotonic() - self.started_at, 3),
-        }
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ Invariants
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from ublk_ubi._core cimport Actions, Event, Shared
+from ublk_ubi._core cimport STATE_MASK, Actions, Event, Shared
 
 cdef enum:
     # Page writes in flight at once.
@@ -175,3 +175,17 @@ cdef inline uint32_t header_page(uint32_t stripe) noexcept nogil:
 cdef inline uint32_t page_first_stripe(uint32_t page) noexcept nogil:
     """The first stripe whose header lies in `page`."""
     return 0 if page == 0 else page * 2048 - 7
+
+
+cdef inline uint32_t page_end_stripe(Hydrator* hydrator, uint32_t page) noexcept nogil:
+    """The stripe behind the last whose header lies in `page`."""
+    cdef uint32_t end = page_first_stripe(page + 1)
+    return end if end < hydrator.shared.image_stripes else hydrator.shared.image_stripes
+
+
+cdef inline uint8_t state_of(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
+    return hydrator.shared.state[stripe] & STATE_MASK
+
+
+cdef inline bint flagged(Hydrator* hydrator, uint32_t stripe, uint8_t flag) noexcept nogil:
+    return (hydrator.shared.state[stripe] & flag) != 0

@@ -6,41 +6,16 @@ from libc.string cimport memset
 
 from ublk_ubi._atomic cimport add_i64, ensure, load_i64, load_u32, set_once_u32, store_u8
 from ublk_ubi._core cimport (
-    ABSENT, ACT_HYDRATED, ACT_READ_IMAGE, ACT_SEND, ACT_STARTED, ACT_STOPPED, ACT_SYNC_BASE,
-    ACT_WRITE_BASE, ACT_ZERO_BASE, CLAIMED, DATA_OFFSET, DURABLE, EVENT_BUDGET, EVENT_DONE,
-    EVENT_HYDRATE, EVENT_MESSAGE, EVENT_START, EVENT_STOP, EVENT_TICK, FETCHING, IN_ROUND, MEM_PAGE,
-    MEM_STRIPE, MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN,
-    NONE32, OVERWRITING, PAGE, PRESENT, QUEUED, STATE_MASK, WANTED, Action, Actions, Event, Shared,
-    emit, image_lost, stripe_offset,
+    ABSENT, ACT_HYDRATED, ACT_READ_IMAGE, ACT_STARTED, ACT_STOPPED, ACT_SYNC_BASE, ACT_WRITE_BASE,
+    ACT_ZERO_BASE, CLAIMED, DATA_OFFSET, DURABLE, EVENT_BUDGET, EVENT_DONE, EVENT_HYDRATE,
+    EVENT_MESSAGE, EVENT_START, EVENT_STOP, EVENT_TICK, FETCHING, IN_ROUND, MEM_PAGE, MEM_STRIPE,
+    MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN, NONE32,
+    OVERWRITING, PAGE, PRESENT, QUEUED, WANTED, Action, Actions, Event, Shared, emit, image_lost,
+    stripe_offset,
 )
-
-
-cdef void fifo_init(Fifo* fifo, uint32_t* items, uint32_t capacity) noexcept nogil:
-    ensure(capacity != 0 and (capacity & (capacity - 1)) == 0,
-           b"a fifo's capacity is a power of two")
-    fifo.items = items
-    fifo.mask = capacity - 1
-    fifo.head = 0
-    fifo.tail = 0
-
-
-cdef inline bint fifo_push(Fifo* fifo, uint32_t item) noexcept nogil:
-    """False if it is full."""
-    if fifo.tail - fifo.head > fifo.mask:
-        return False
-    fifo.items[fifo.tail & fifo.mask] = item
-    fifo.tail += 1
-    return True
-
-
-cdef inline uint32_t fifo_pop(Fifo* fifo) noexcept nogil:
-    """The oldest item, or NONE32."""
-    cdef uint32_t item
-    if fifo.head == fifo.tail:
-        return NONE32
-    item = fifo.items[fifo.head & fifo.mask]
-    fifo.head += 1
-    return item
+from ublk_ubi._waiting cimport (
+    answer, bucket, fifo_init, fifo_pop, fifo_push, has_waiter, list_append, waiter_id,
+)
 
 
 cdef void hydrator_init(Hydrator* hydrator, Shared* shared,
@@ -101,14 +76,6 @@ cdef void hydrator_init(Hydrator* hydrator, Shared* shared,
 
 # -- stripe states -------------------------------------------------------------------------------
 
-cdef inline uint8_t state_of(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
-    return hydrator.shared.state[stripe] & STATE_MASK
-
-
-cdef inline bint flagged(Hydrator* hydrator, uint32_t stripe, uint8_t flag) noexcept nogil:
-    return (hydrator.shared.state[stripe] & flag) != 0
-
-
 cdef inline void set_state(Hydrator* hydrator, uint32_t stripe, uint8_t value) noexcept nogil:
     """State and flags at once. Release: a queue that sees PRESENT sees the data's completion."""
     store_u8(&hydrator.shared.state[stripe], value)
@@ -136,44 +103,6 @@ cdef void make_present(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
 
 
 # -- those that wait -----------------------------------------------------------------------------
-
-cdef inline uint32_t waiter_id(Hydrator* hydrator, uint16_t queue, uint16_t tag) noexcept nogil:
-    return <uint32_t>queue * hydrator.shared.depth + tag
-
-
-cdef inline WaiterList* bucket(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
-    return &hydrator.buckets[stripe & hydrator.bucket_mask]
-
-
-cdef void list_append(Hydrator* hydrator, WaiterList* waiting, uint32_t node) noexcept nogil:
-    ensure(hydrator.waiters[node].asked != 0, b"only who asked waits")
-    hydrator.waiters[node].next = NONE32
-    if waiting.first == NONE32:
-        waiting.first = node
-    else:
-        hydrator.waiters[waiting.last].next = node
-    waiting.last = node
-
-
-cdef void answer(Hydrator* hydrator, uint32_t node, uint8_t message, int32_t result,
-                 Actions* actions) noexcept nogil:
-    cdef Action* action = emit(actions, ACT_SEND)
-    action.message = message
-    action.queue = <uint16_t>(node // hydrator.shared.depth)
-    action.tag = <uint16_t>(node % hydrator.shared.depth)
-    action.stripe = hydrator.waiters[node].stripe
-    action.result = result
-    hydrator.waiters[node].asked = 0
-
-
-cdef bint has_waiter(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
-    cdef uint32_t node = bucket(hydrator, stripe).first
-    while node != NONE32:
-        if hydrator.waiters[node].stripe == stripe:
-            return True
-        node = hydrator.waiters[node].next
-    return False
-
 
 cdef void wake(Hydrator* hydrator, uint32_t stripe, int32_t result,
                Actions* actions) noexcept nogil:
@@ -397,12 +326,6 @@ cdef void start_sync(Hydrator* hydrator, uint8_t phase, Actions* actions) noexce
     cdef Action* action = emit(actions, ACT_SYNC_BASE)
     hydrator.round = phase
     action.token = hydrator.buffers + PAGE_WINDOW
-
-
-cdef inline uint32_t page_end_stripe(Hydrator* hydrator, uint32_t page) noexcept nogil:
-    """The stripe behind the last whose header lies in `page`."""
-    cdef uint32_t end = page_first_stripe(page + 1)
-    return end if end < hydrator.shared.image_stripes else hydrator.shared.image_stripes
 
 
 cdef void take_round(Hydrator* hydrator) noexcept nogil:

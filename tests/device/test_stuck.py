@@ -161,7 +161,7 @@ def test_add_can_be_interrupted(
 def test_add_has_a_limit(ubi: Ubi, undo: Undo, seed: int, tmp_path: Path) -> None:
     """The image's last stripe, which the disk cannot do without, does not come."""
     variant = Variant(tmp_path)
-    variant.replace("session.py", "START_TIMEOUT_S = 60.0", "START_TIMEOUT_S = 1.0")
+    variant.replace("kernel_device.py", "START_TIMEOUT_S = 60.0", "START_TIMEOUT_S = 1.0")
     variant.replace("control.py", "STOP_TIMEOUT_S = 30.0", "STOP_TIMEOUT_S = 1.0")
     image = serve(undo, SIZE - STRIPE // 2, seed=seed)
     base = serve(undo, DATA_OFFSET + SIZE)

@@ -31,7 +31,8 @@ class FakeSession:
         self.warnings: list[str] = []
         FakeSession.made = self
 
-    def start(self) -> None:
+    def start(self, *, recover: bool) -> None:
+        assert not recover
         FakeSession.during_start(self)
 
     def take_back(self) -> None:

@@ -204,7 +204,7 @@ def test_the_real_command_finds_this_package() -> None:
     """From /, with nothing of the folder it runs in."""
     run = subprocess.run(
         [*launch.daemon_command()[:2], "-c", "import ublk_ubi; print(ublk_ubi.__file__)"],
-        cwd="/", env=launch._environment(), capture_output=True, text=True, check=True,
+        cwd="/", env=launch.environment(), capture_output=True, text=True, check=True,
     )
     expected = os.path.join(os.path.dirname(launch.__file__), "__init__.py")
     assert run.stdout.strip() == expected

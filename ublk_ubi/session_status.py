@@ -1,0 +1,63 @@
+"""What a daemon says of its device: the answer of `status` (status.py has the schema)."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from typing import TYPE_CHECKING, Any
+
+from ublk_ubi.memory import private_bytes
+from ublk_ubi.table import VERSION as TABLE_VERSION
+
+if TYPE_CHECKING:
+    from ublk_ubi.session import Session
+
+
+def describe(session: Session, state: str) -> dict[str, Any]:
+    """Return the status as JSON has it (docs: README, `status --json`)."""
+    options, info, plane = session.options, session.info, session.plane
+    stripes = plane.stripes()
+    counters = plane.counters()
+    counters["hydration"] = session.hydration.describe(counters["hydration"])
+    stripe_size = session.opener.stripe_bytes
+    return {
+        "schema": 1,
+        "name": session.claim.name,
+        "device": info.disk_path,
+        "link": session.link,
+        "id": info.id,
+        "pid": os.getpid(),
+        "state": state,
+        "degraded": session.degraded(),
+        "image": session.image_path,
+        "image_size": session.opener.recorded_image_bytes,
+        "independent": session.independent,
+        "base": os.path.realpath(session.base.path),
+        "size": session.size,
+        "stripe_size": stripe_size,
+        "block_size": session.block_size,
+        "queues": info.queues,
+        "depth": info.depth,
+        "copy_on_read": options.copy_on_read,
+        "image_cache": options.image_cache,
+        "image_direct": session.image.direct if session.image is not None else None,
+        "base_direct": session.base.direct,
+        "data_path": "zero-copy" if session.device.zero_copy else "copy",
+        "recoverable": session.device.recoverable,
+        "table_version": TABLE_VERSION,
+        "cache": options.cache,
+        "uuid": str(uuid.UUID(bytes=session.opener.uuid)),
+        "generation": session.opener.generation,
+        "stripes": stripes,
+        "space": {
+            "allocated": session.upkeep.allocated,
+            "free": session.upkeep.free,
+            "hydrated": stripes["hydrated"] * stripe_size,
+            "needed": (stripes["total"] - stripes["hydrated"]) * stripe_size,
+        },
+        "memory": private_bytes(),
+        "io": plane.io(),
+        **counters,
+        "uptime_s": round(time.monotonic() - session.started_at, 3),
+    }
