@@ -2,98 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import pytest
+from unit.cli.kit import (
+    FAKE,
+    REAL,
+    WITH_FAKES,
+    Result,
+    inline,
+    is_one_line,
+    on_terminal,
+    pid_of,
+    run,
+)
 
 from ublk_ubi import cli, runtime
 from ublk_ubi.cli import common, render
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.status import Status, Stripes
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-FAKE = Path(__file__).with_name("fake_daemon.py")
-REAL = [sys.executable, "-m", "ublk_ubi"]
-WITH_FAKES = [
-    sys.executable,
-    "-c",
-    f"""
-import sys
-from ublk_ubi import launch
-from ublk_ubi.cli import main
-launch.daemon_command = lambda: [sys.executable, {str(FAKE)!r}]
-main()
-""",
-]
 COMMANDS = tuple(cli.COMMANDS)
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture(autouse=True)
-def roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("UBLK_UBI_RUN", str(tmp_path / "run"))
-    monkeypatch.setenv("UBLK_UBI_DEV", str(tmp_path / "dev"))
-    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
-    monkeypatch.delenv("UBLK_UBI_DEBUG", raising=False)
-    (tmp_path / "dev").mkdir()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run(*arguments: str, command: list[str] = REAL, **kwargs: Any) -> Result:
-    """Run the real command."""
-    done = subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, check=False, timeout=60,
-        stdin=subprocess.DEVNULL, **kwargs,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-def inline(*arguments: str) -> Result:
-    """Run the command in this process, as `main` does."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.run(list(arguments))
-    return Result(code, out.getvalue(), err.getvalue())
-
-
-def is_one_line(err: str) -> bool:
-    return err.startswith("ublk-ubi: ") and err.count("\n") == 1 and err.endswith("\n")
-
-
-@pytest.fixture
-def add():
-    """Add a fake device by the real command."""
-    def make(kind: str = "normal", name: str = "vm", *more: str) -> Result:
-        found = run(
-            "add", "--image", f"/{kind}", "--base", f"/{name}.base", "--name", name, *more,
-            command=WITH_FAKES,
-        )
-        assert found.code == 0, found
-        return found
-
-    yield make
-    for device in runtime.all_devices():
-        if device.alive and device.pid:
-            os.kill(device.pid, signal.SIGKILL)
 
 
 # help and usage ------------------------------------------------------------------------------
@@ -637,214 +575,6 @@ def test_colours_only_on_a_terminal(add) -> None:
     assert "\x1b[" not in on_terminal([*REAL, "list", "--json"])[0]
 
 
-@pytest.mark.parametrize(
-    ("kind", "words"),
-    [
-        ("normal", "  background  running, at full speed, 1.2 GiB to go\n"),
-        ("fails", "  background  waits, tries again in 12 s: 3 failures, the last: Input/output "),
-        ("full", "  background  waits for room: 1 MiB free on the base's filesystem, 5% stays"),
-        ("done", "  hydrated    100 %, 2,252 of 2,252 stripes: independent of its image\n"),
-    ],
-)
-def test_status_of_background_hydration(add, kind: str, words: str) -> None:
-    add(kind)
-    run("hydrate", "vm")
-    found = run("status", "vm")
-    assert found.code == 0
-    assert words in found.out
-    assert ("only 1 MiB free" in found.out) == (kind == "full")
-    assert ("  background  " in found.out) == (kind != "done")
-
-
-# hydrate and wait ----------------------------------------------------------------------------
-
-
-def test_hydrate(add) -> None:
-    add()
-    assert run("hydrate", "vm") == Result(
-        0, "vm: background hydration: running, at full speed, 1.2 GiB to go\n", "",
-    )
-    assert run("hydrate", "vm", "--rate", "200M").out == (
-        "vm: background hydration: running, 200 MiB/s at most, 1.2 GiB to go\n"
-    )
-    assert run("hydrate", "vm", "--pause").out == (
-        "vm: background hydration: paused, 1.2 GiB to go\n"
-    )
-    found = run("hydrate", "vm", "--rate", "max", "--json")
-    assert (found.code, found.err) == (0, "")
-    answer = json.loads(found.out)
-    assert set(answer) == {
-        "schema", "name", "state", "degraded", "independent", "stripes", "space", "hydration",
-    }
-    assert (answer["schema"], answer["name"], answer["independent"]) == (1, "vm", False)
-    assert (answer["hydration"]["state"], answer["hydration"]["rate"]) == ("running", None)
-
-
-def test_hydrate_of_one_that_is_done(add) -> None:
-    add("done")
-    assert run("hydrate", "vm") == Result(0, "vm is independent of its image\n", "")
-    assert run("wait", "vm") == Result(0, "vm is independent of its image\n", "")
-
-
-@pytest.mark.parametrize("command", ["hydrate", "wait"])
-def test_hydrate_and_wait_of_the_degraded(add, command: str) -> None:
-    add("lost")
-    run("hydrate", "vm")
-    found = run(command, "vm")
-    assert (found.code, found.err) == (3, "ublk-ubi: device vm: its image has changed\n")
-    os.kill(pid_of("vm"), signal.SIGKILL)
-    found = run(command, "vm")
-    assert found.code == Exit.DEGRADED
-    assert is_one_line(found.err)
-    assert "died" in found.err
-
-
-@pytest.mark.parametrize("command", ["hydrate", "wait"])
-def test_hydrate_and_wait_of_one_that_starts(command: str) -> None:
-    claim = runtime.claim("vm")
-    found = run(command, "vm", *(["--timeout", "0.3"] if command == "wait" else []))
-    claim.release()
-    assert found.code == (Exit.FAILED if command == "hydrate" else Exit.TIMED_OUT)
-    assert is_one_line(found.err)
-
-
-def test_a_daemon_that_does_not_know_how(add) -> None:
-    add("other")
-    found = run("hydrate", "vm")
-    assert found.code == Exit.FAILED
-    assert "its daemon is of another version" in found.err
-
-
-def test_wait_until_independent(add) -> None:
-    add("copies")
-    found = run("hydrate", "vm", "--wait", "--rate", "max")
-    assert (found.code, found.err) == (0, "")
-    lines = found.out.splitlines()
-    assert lines[0].startswith("vm: 62.2 %, 1.4 GiB of 2.2 GiB")
-    assert lines[-1] == "vm is independent of its image"
-    assert "\r" not in found.out
-    found = run("wait", "vm", "--json")
-    assert (found.code, found.err) == (0, "")
-    answer = json.loads(found.out)
-    assert (answer["independent"], answer["hydration"]["state"]) == (True, "done")
-
-
-def test_wait_draws_a_bar_on_a_terminal(add) -> None:
-    add("copies")
-    run("hydrate", "vm")
-    shown, code = on_terminal([*REAL, "wait", "vm"], COLUMNS="")
-    assert code == 0
-    drawn = shown.split("\r")
-    assert any(re.fullmatch(r"vm  \[#+·+\]  [0-9.]+ %  .* of 2.2 GiB.*", line) for line in drawn)
-    assert any(re.search(r"  [0-9.]+ [KMG]iB/s  [0-9]+ s left", line) for line in drawn)
-    assert shown.endswith("\r\nvm is independent of its image\r\n")
-    shown, code = on_terminal([*REAL, "wait", "vm", "--json"])
-    assert code == 0
-    assert json.loads(shown[shown.index("{"):])["independent"] is True
-    assert "\r\n" in on_terminal([*REAL, "wait", "vm"], TERM="dumb")[0]
-    assert "[" not in on_terminal([*REAL, "wait", "vm"], TERM="dumb")[0]
-
-
-def test_wait_in_time(add) -> None:
-    add("halts")
-    started = time.monotonic()
-    found = run("wait", "vm", "--timeout", "0.3")
-    assert time.monotonic() - started < 5
-    assert found.code == Exit.TIMED_OUT
-    assert found.out == "vm: 44.4 %, 1000 MiB of 2.2 GiB\n"
-    assert found.err == (
-        "ublk-ubi: device vm still needs its image after 0.3 s: `ublk-ubi status vm` shows how far "
-        "it is\n"
-    )
-    found = run("wait", "vm", "--timeout", "0", "--json")
-    assert found.code == Exit.TIMED_OUT
-    assert json.loads(found.out)["independent"] is False
-
-
-def test_wait_of_a_mute_one(add) -> None:
-    add("mute")
-    assert run("wait", "vm", "--timeout", "0.3").code == Exit.TIMED_OUT
-
-
-@pytest.mark.parametrize("kind", ["full", "fails"])
-def test_wait_says_what_it_waits_for(add, kind: str) -> None:
-    add(kind)
-    run("hydrate", "vm")
-    found = run("wait", "vm", "--timeout", "0.3")
-    assert found.code == Exit.TIMED_OUT
-    assert ("waits for room" if kind == "full" else "3 failures") in found.out
-
-
-def test_wait_for_what_nobody_does(add) -> None:
-    add()
-    found = run("wait", "vm")
-    assert found.code == Exit.FAILED
-    assert found.err == (
-        "ublk-ubi: device vm needs its image, and background hydration is off: "
-        "`ublk-ubi hydrate vm` starts it\n"
-    )
-    run("hydrate", "vm")
-    run("hydrate", "vm", "--pause")
-    found = run("wait", "vm", "--json")
-    assert found.code == Exit.FAILED
-    assert "is paused: `ublk-ubi hydrate vm` resumes it" in found.err
-    assert json.loads(found.out)["hydration"]["state"] == "paused"
-
-
-def test_wait_for_one_that_is_deleted(add) -> None:
-    add("halts")
-    process = subprocess.Popen(
-        [*REAL, "wait", "vm"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
-    assert process.stdout
-    assert process.stdout.readline().startswith("vm: ")
-    assert run("del", "vm").code == 0
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == Exit.NO_DEVICE
-    assert err == "ublk-ubi: device vm was deleted before it was independent of its image\n"
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_ctrl_c_ends_the_waiting_alone(add, terminal: bool) -> None:
-    add("halts")
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        [*REAL, "wait", "vm"], stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        stdout=slave if terminal else subprocess.PIPE, env={**os.environ, "TERM": "xterm"},
-    )
-    os.close(slave)
-    reader = master if terminal else process.stdout.fileno()  # type: ignore[union-attr]
-    assert select.select([reader], [], [], 20)[0]
-    shown = os.read(reader, 1 << 16)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    if terminal:
-        with contextlib.suppress(OSError):
-            while piece := os.read(master, 1 << 16):
-                shown += piece
-    os.close(master)
-    assert (process.returncode, err) == (1, "ublk-ubi: interrupted; vm goes on all the same\n")
-    assert shown.endswith(b"\n")
-    assert run("status", "vm").code == 0
-
-
-def test_wait_outlasts_an_upgrade(add, roots: Path) -> None:
-    """Another daemon takes the disk over: nobody answers for a moment."""
-    add("halts")
-    process = subprocess.Popen(
-        [*REAL, "wait", "vm"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )
-    assert process.stdout
-    assert process.stdout.readline().startswith("vm: ")
-    dead = pid_of("vm")
-    os.kill(dead, signal.SIGKILL)
-    while runtime.process_start(dead) is not None:
-        time.sleep(0.01)
-    add("done")
-    out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (0, "vm is independent of its image\n", "")
-
-
 # del -----------------------------------------------------------------------------------------
 
 
@@ -969,31 +699,3 @@ def test_shares(hydrated: int, total: int, text: str) -> None:
 
 def test_status_schema_is_complete() -> None:
     assert set(STATUS_KEYS) <= {field.encode_name for field in msgspec.structs.fields(Status)}
-
-
-def pid_of(name: str) -> int:
-    pid = next(device.pid for device in runtime.all_devices() if device.name == name)
-    assert pid
-    return pid
-
-
-def on_terminal(command: list[str], says: str = "", **environment: str) -> tuple[str, int]:
-    """Run on a pseudo-terminal; returns all that it shows and the exit code."""
-    master, slave = pty.openpty()
-    process = subprocess.Popen(
-        command, stdin=slave, stdout=slave, stderr=slave, close_fds=True,
-        env={**os.environ, "TERM": "xterm", **environment},
-    )
-    os.close(slave)
-    shown = b""
-    os.write(master, says.encode())
-    while select.select([master], [], [], 20)[0]:
-        try:
-            piece = os.read(master, 1 << 16)
-        except OSError:
-            break
-        if not piece:
-            break
-        shown += piece
-    os.close(master)
-    return shown.decode(), process.wait(20)
