@@ -34,6 +34,7 @@ from ublk_ubi.options import MAX_RATE, MIN_RATE, DeviceOptions
 from ublk_ubi.rpc_server import Deferred, NoParams, Server
 from ublk_ubi.session import Session
 from ublk_ubi.session_status import describe
+from ublk_ubi.signals import ENDING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 LINGER_S = 2.0
 SECOND_SIGNAL_S = 5.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STAND_BY_S = 60.0
 STAND_BY_POLL_S = 0.02
 
@@ -283,7 +283,7 @@ class Daemon:
     def _catch_signals(self) -> int:
         """Signals become bytes in a pipe that the loop reads."""
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        for number in SIGNALS:
+        for number in ENDING:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
         return read_fd
@@ -359,11 +359,11 @@ def run(
         if session.is_live:
             late.append(number)  # for the daemon that takes over in a moment
             return
-        for other in SIGNALS:  # what is being undone is not to be interrupted in its turn
+        for other in ENDING:  # what is being undone is not to be interrupted in its turn
             signal.signal(other, signal.SIG_IGN)
         raise Terminated(signal.Signals(number).name)
 
-    for number in SIGNALS:
+    for number in ENDING:
         signal.signal(number, terminate)
     try:
         session.start(recover=recover)

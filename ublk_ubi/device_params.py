@@ -118,8 +118,8 @@ class DeviceParams(msgspec.Struct, frozen=True, kw_only=True):
     """The disk's parameters, set between ADD_DEV and START_DEV.
 
     `io_opt` and `io_min` 0 mean the logical block size. `dma_alignment` 4096 wants every buffer at
-    a multiple of 4 KiB; None leaves the kernel's 4 bytes. `max_segments` is how many pieces of memory
-    a request may have; None leaves the block layer's 128, and kernels before 6.15 know no other.
+    a multiple of 4 KiB; None leaves the kernel's 4 bytes. `max_segments` is how many pieces of
+    memory a request may have; None leaves the block layer's 128, all that there is before 6.15.
     """
 
     dev_sectors: int

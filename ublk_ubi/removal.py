@@ -15,6 +15,8 @@ import stat
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
+
 from ublk_ubi import links, rpc, runtime
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.fence import is_locked
@@ -108,7 +110,7 @@ def clear_dead(device: Device, *, force: bool, timeout_s: float) -> None:
     """
     claim = runtime.claim(device.name)
     try:
-        state = claim.previous
+        state = find_kernel_device(claim.previous)
         if state is not None and state.id is not None:
             delete_kernel_device(device, state, force=force, timeout_s=timeout_s)
             links.remove_link(device.name, state.id)
@@ -182,6 +184,26 @@ def _kill(device: Device) -> None:
             f"has not ended it within {_KILL_WAIT_S:g} s: the disk under its base may hang",
             Exit.TIMED_OUT,
         )
+
+
+def find_kernel_device(state: State | None) -> State | None:
+    """Complete what a daemon left that died while the kernel made its device: by its cookie."""
+    from ublk_ubi.agent_process import CONTROL_PATH
+    from ublk_ubi.control import Control, ControlError
+
+    if state is None or state.id is not None or state.cookie is None:
+        return state
+    if not os.path.exists(CONTROL_PATH):
+        return state
+    with Control.open() as control:
+        for entry in os.listdir("/dev"):
+            number = entry.removeprefix("ublkc")
+            if number == entry or not number.isdigit():
+                continue
+            with contextlib.suppress(ControlError):
+                if control.get_dev_info(int(number)).server_flags == state.cookie:
+                    return msgspec.structs.replace(state, id=int(number))
+    return state
 
 
 def delete_kernel_device(

@@ -20,7 +20,6 @@ import contextlib
 import errno
 import os
 import select
-import signal
 import time
 import uuid
 from typing import TYPE_CHECKING
@@ -42,12 +41,13 @@ from ublk_ubi.image import FINGERPRINT_SIZE, Image, fingerprint, open_image
 from ublk_ubi.kernel_device import SECTOR, START_TIMEOUT_S, KernelDevice
 from ublk_ubi.options import MAX_STRIPE_SIZE, METADATA_SIZE
 from ublk_ubi.refusals import explain
-from ublk_ubi.removal import delete_kernel_device, user_of
+from ublk_ubi.removal import delete_kernel_device, find_kernel_device, user_of
+from ublk_ubi.signals import signals_wait
 from ublk_ubi.table import TableHost, boot_id
 from ublk_ubi.upkeep import Upkeep
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from ublk_ubi.device_params import DevInfo
     from ublk_ubi.options import DeviceOptions
@@ -141,7 +141,7 @@ class Session(TableHost):
 
         Otherwise remove it, once its last writes have landed.
         """
-        previous = self.claim.previous
+        previous = find_kernel_device(self.claim.previous)
         if previous is None or previous.id is None:
             if recover:
                 raise UbiError(f"{self.claim.name}: there is no disk to recover", Exit.NO_DEVICE)
@@ -330,10 +330,14 @@ class Session(TableHost):
         except OSError as error:
             raise UbiError(f"{path}: its owner or mode cannot be set: {error.strerror}") from None
 
-    def _state(self, *, live: bool = False) -> runtime.State:
+    def _state(self, *, live: bool = False, known: bool = True) -> runtime.State:
+        """Tell what is `known` of the device so far: nothing but its cookie before ADD_DEV."""
+        base = os.path.realpath(self.base.path)
+        if not known:
+            return runtime.State(image=self.image_path, base=base, cookie=self.device.cookie)
         return runtime.State(
             image=self.image_path,
-            base=os.path.realpath(self.base.path),
+            base=base,
             id=self.info.id,
             device=self.info.disk_path,
             link=self.link if live else None,
@@ -360,7 +364,9 @@ class Session(TableHost):
         if self.device.recovered:
             self.device.take_over(self.options.fence_timeout_s, self._notice)
             return
-        with _signals_wait():  # an id that the kernel gave out is taken back by nobody else
+        # Should this process die amid ADD_DEV, the cookie tells whose device the kernel has made.
+        self.claim.write_state(self._state(known=False))
+        with signals_wait():  # an id that the kernel gave out is taken back by nobody else
             self.device.make(opener.stripe_bytes)
             self._undo.callback(self.device.delete_quietly)
         self.claim.write_state(self._state())
@@ -380,7 +386,7 @@ class Session(TableHost):
             return
         what = f"base {shown(self.base.path)}"
         if recorded not in (512, 4096):
-            raise UbiError(f"{what} records blocks of {recorded} bytes: use the release that made it")
+            raise UbiError(f"{what} records blocks of {recorded} bytes: upgrade ublk-ubi")
         if recorded < self.block_size:
             raise UbiError(
                 f"{what} was made with blocks of {recorded} bytes, and image or base now take "
@@ -642,15 +648,3 @@ class Session(TableHost):
             return False
         self.image.close()
         return True
-
-
-@contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Have the signals that end a daemon come after what is done here, not amid it."""
-    before = signal.pthread_sigmask(
-        signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
-    )
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

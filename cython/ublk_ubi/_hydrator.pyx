@@ -1,7 +1,7 @@
 """The hydrator engine; its states and invariants are in _hydrator.pxd."""
 
 from libc.errno cimport EIO, ENOSPC
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from ublk_ubi._atomic cimport add_i64, ensure, load_i64, load_u32, set_once_u32, store_u8
@@ -14,7 +14,7 @@ from ublk_ubi._core cimport (
     stripe_offset,
 )
 from ublk_ubi._waiting cimport (
-    answer, bucket, fifo_init, fifo_pop, fifo_push, has_waiter, list_append, waiter_id,
+    answer, bucket, fifo_pop, fifo_push, has_waiter, list_append, waiter_id, waiting_init,
 )
 
 
@@ -37,21 +37,7 @@ cdef void hydrator_init(Hydrator* hydrator, Shared* shared,
         memory.fetches[i].phase = FETCH_FREE
         memory.free_buffers[i] = memory.buffers - 1 - i
     hydrator.free_count = memory.buffers
-    hydrator.waiters = memory.waiters
-    for i in range(<uint32_t>shared.queues * shared.depth):
-        memory.waiters[i].asked = 0
-    hydrator.buckets = memory.buckets
-    ensure(memory.bucket_count != 0 and (memory.bucket_count & (memory.bucket_count - 1)) == 0,
-           b"the number of buckets is a power of two")
-    hydrator.bucket_mask = memory.bucket_count - 1
-    for i in range(memory.bucket_count):
-        memory.buckets[i].first = NONE32
-    ensure(memory.demand_capacity > <uint32_t>shared.queues * shared.depth,
-           b"the demand queue has room for a stripe a tag, and the image's last")
-    fifo_init(&hydrator.demand, memory.demand, memory.demand_capacity)
-    fifo_init(&hydrator.wanted, memory.wanted, memory.wanted_capacity)
-    hydrator.joining.first = NONE32
-    hydrator.joined.first = NONE32
+    waiting_init(hydrator, memory)
     hydrator.pages = memory.pages
     hydrator.page_present = memory.page_present
     hydrator.page_round = memory.page_round

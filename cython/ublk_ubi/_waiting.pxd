@@ -8,7 +8,7 @@ from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
 
 from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport ACT_SEND, NONE32, Action, Actions, emit
-from ublk_ubi._hydrator cimport Fifo, Hydrator, WaiterList
+from ublk_ubi._hydrator cimport Fifo, Hydrator, HydratorMemory, WaiterList
 
 
 # -- stripes to be copied ------------------------------------------------------------------------
@@ -79,3 +79,26 @@ cdef inline bint has_waiter(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
             return True
         node = hydrator.waiters[node].next
     return False
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+cdef inline void waiting_init(Hydrator* hydrator, const HydratorMemory* memory) noexcept nogil:
+    """Nobody waits. Capacities are checked here: they bound everything above."""
+    cdef uint32_t tags = <uint32_t>hydrator.shared.queues * hydrator.shared.depth
+    cdef uint32_t i
+    hydrator.waiters = memory.waiters
+    for i in range(tags):
+        memory.waiters[i].asked = 0
+    hydrator.buckets = memory.buckets
+    ensure(memory.bucket_count != 0 and (memory.bucket_count & (memory.bucket_count - 1)) == 0,
+           b"the number of buckets is a power of two")
+    hydrator.bucket_mask = memory.bucket_count - 1
+    for i in range(memory.bucket_count):
+        memory.buckets[i].first = NONE32
+    ensure(memory.demand_capacity > tags,
+           b"the demand queue has room for a stripe a tag, and the image's last")
+    fifo_init(&hydrator.demand, memory.demand, memory.demand_capacity)
+    fifo_init(&hydrator.wanted, memory.wanted, memory.wanted_capacity)
+    hydrator.joining.first = NONE32
+    hydrator.joined.first = NONE32

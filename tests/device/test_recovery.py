@@ -1,4 +1,4 @@
-"""A disk outlives its daemon: killed, ended or upgraded, its users see no error and lose no write."""
+"""A disk outlives its daemon: killed, ended or upgraded, its users see no error, lose no write."""
 
 from __future__ import annotations
 
@@ -90,6 +90,19 @@ class Busy:
         self.image.assert_untouched()
 
 
+def next_daemon(device: Device) -> int:
+    """The process that claims a disk after the one that served it."""
+    def other() -> int | None:
+        pid = starting_pid(device.name)
+        return pid if pid != device.pid else None
+
+    return until(other, "a new daemon") or -1
+
+
+def until_ended(pid: int) -> None:
+    until(lambda: not Path(f"/proc/{pid}").exists(), f"the end of process {pid}")
+
+
 # -- killed -------------------------------------------------------------------------------------
 
 @MODES
@@ -113,14 +126,11 @@ def test_dying_amid_recovery_is_recoverable(busy: Busy, seed: int) -> None:
         busy.go_on(20)
         busy.device.kill()
         recovering = Background(lambda: busy.ubi.command("recover", busy.device.name))
-        dead = busy.device.pid
-        until(lambda: starting_pid(busy.device.name) not in (None, dead), "a new daemon")
-        pid = starting_pid(busy.device.name)
+        pid = next_daemon(busy.device)
         recovering.wait(rng.random() / 4)
-        if pid is not None:
-            os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         recovering.result()
-        until(lambda: pid is None or not Path(f"/proc/{pid}").exists(), "its end")
+        until_ended(pid)
         busy.recover()
     busy.go_on(50)
     busy.end()
@@ -291,7 +301,7 @@ def test_upgrades_are_not_noticed(busy: Busy, seed: int, data_path: str, queues:
         [upgraded] = json.loads(outcome.stdout)["upgraded"]
         busy.device.pid = upgraded["pid"]
         assert busy.device.pid != before
-        until(lambda before=before: not Path(f"/proc/{before}").exists(), "the old one's end")
+        until_ended(before)
         print(f"requests waited {upgraded['pause_s']} s")
     busy.go_on(50)
     assert busy.device.status()["hydration"]["state"] in ("running", "done")

@@ -25,7 +25,7 @@ SIZE = 4 * MIB
 def watch() -> Iterator[Running]:
     """The watch of this test, which ends with it."""
     running = Running(["watch"])
-    until(lambda: (RUN_ROOT / ".watch.lock").exists(), "the watch")
+    until((RUN_ROOT / ".watch.lock").exists, "the watch")
     yield running
     running.process.send_signal(signal.SIGINT)
     assert running.outcome().stderr.endswith("interrupted\n")

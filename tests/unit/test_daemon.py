@@ -53,10 +53,11 @@ class FakeDaemon:
     """Counts the signals that reach it, as the real one does in its loop."""
 
     seen: list[int]
+    left = False
 
     def __init__(self, _session: FakeSession) -> None:
         FakeDaemon.seen = []
-        for number in daemon.SIGNALS:
+        for number in daemon.ENDING:
             signal.signal(number, lambda number, _frame: FakeDaemon.seen.append(number))
 
     def serve(self) -> int:
@@ -65,7 +66,7 @@ class FakeDaemon:
 
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in daemon.SIGNALS}
+    before = {number: signal.getsignal(number) for number in daemon.ENDING}
     monkeypatch.setattr(daemon, "Session", FakeSession)
     monkeypatch.setattr(daemon, "Daemon", FakeDaemon)
     yield

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from ublk_ubi.abi import Feature
+from ublk_ubi.kernel_device import KernelDevice
 from ublk_ubi.options import DeviceOptions
 from ublk_ubi.session import Session
 
@@ -24,18 +25,25 @@ def test_an_id_that_the_kernel_gave_out_is_taken_back() -> None:
 
     def add_dev(_params: object) -> SimpleNamespace:
         os.kill(os.getpid(), signal.SIGTERM)
-        return SimpleNamespace(id=5)
+        return SimpleNamespace(id=5, flags=Feature.CMD_IOCTL_ENCODE)
 
     def end(*_: object) -> None:
         raise Ended
 
     session = Session.__new__(Session)
     session.options = DeviceOptions(image="/i", base="/b")
-    session._features = Feature.CMD_IOCTL_ENCODE
-    session._cookie = 1
+    session.block_size = 512
+    session.base = SimpleNamespace(path="/b", identity=(False, 1, 2))
+    session.claim = SimpleNamespace(write_state=lambda _state: None)
     session._undo = contextlib.ExitStack()
-    session._control = SimpleNamespace(add_dev=add_dev, del_dev=deleted.append)
-    opener = SimpleNamespace(creating=False, stripe_bytes=1 << 20)
+    session.device = KernelDevice(
+        SimpleNamespace(
+            add_dev=add_dev, del_dev=deleted.append,
+            get_features=lambda: Feature.CMD_IOCTL_ENCODE,
+        ),
+        session.options,
+    )
+    opener = SimpleNamespace(creating=False, stripe_bytes=1 << 20, block_bytes=0)
     before = signal.signal(signal.SIGTERM, end)
     try:
         with pytest.raises(Ended):
