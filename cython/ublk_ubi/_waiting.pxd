@@ -62,7 +62,7 @@ cdef inline void list_append(Hydrator* hydrator, WaiterList* waiting, uint32_t n
 
 
 cdef inline void answer(Hydrator* hydrator, uint32_t node, uint8_t message, int32_t result,
-                 Actions* actions) noexcept nogil:
+                        Actions* actions) noexcept nogil:
     cdef Action* action = emit(actions, ACT_SEND)
     action.message = message
     action.queue = <uint16_t>(node // hydrator.shared.depth)
