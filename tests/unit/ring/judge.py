@@ -44,6 +44,7 @@ def be_judged(number: int, output: int) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         signal.alarm(LIMIT_S)
+        os.environ.pop("CI", None)  # there pytest's last words are longer than what is kept
         from ublk_ubi import _ring
 
         _ring.plant(number)
