@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from ublk_ubi.image import Image
     from ublk_ubi.options import DeviceOptions
 
-# The record is the UUID's: of a copy, that is the original's.
 AFTER_POWER_LOSS = (
-    "--force-stale goes on with what the base alone proves, as after a power loss, and drops any "
-    "record of writes for its UUID: where this is a copy, the original's"
+    "--force-stale goes on with what the base alone proves, as after a power loss, and without the "
+    "record of writes, which stays where it is another base's"
 )
 
 

@@ -96,7 +96,7 @@ def test_copies_after_a_crash(ubi: Ubi, image: Image, device: Device) -> None:
             line = ubi.refused(image, path, code=1)
         assert path in line
         assert FORCE in line
-        assert "drops any record of writes" in line
+        assert "without the record of writes" in line
     # The original is the one that the record of writes is of.
     device.start()
     assert read(device, STRIPE) == b"u" * BLOCK
@@ -108,6 +108,21 @@ def test_copies_after_a_crash(ubi: Ubi, image: Image, device: Device) -> None:
     late = ubi.add(image, taken_live, force_stale=True)
     assert read(late, 0) == b"k" * BLOCK
     late.stop()
+
+
+def test_a_copy_that_is_forced_takes_nothing_from_the_original(
+    ubi: Ubi, image: Image, device: Device,
+) -> None:
+    """What the original's guests were told of is known to its record of writes alone."""
+    write(device, STRIPE, b"u" * BLOCK)
+    device.kill()
+    forced = ubi.add(image, copy(device.options["base"]), force_stale=True)
+    uuid = forced.status()["uuid"]
+    device.start()
+    assert device.status()["uuid"] != uuid
+    assert read(device, STRIPE) == b"u" * BLOCK
+    forced.reopen()
+    assert forced.status()["uuid"] == uuid
 
 
 def test_two_at_once_open_one_disk_and_its_copy(ubi: Ubi, image: Image, device: Device) -> None:
