@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 
 from ublk_ubi import runtime
+from ublk_ubi.control import Control
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.options import MAX_RATE, MIN_RATE, DeviceOptions
 from ublk_ubi.rpc_server import Deferred, NoParams, Server
@@ -345,14 +346,16 @@ def run(
     log_fd: int | None = None,
     *,
     recover: bool = False,
+    control: Control | None = None,
 ) -> int:
     """Bring a device up, say so through `ready`, serve it to its end; returns the exit code.
 
-    `log_fd` is the daemon's log (runtime.open_log), to be kept with the device.
+    `log_fd` is the daemon's log (runtime.open_log), to be kept with the device; `control` was
+    opened before, while nobody waited.
 
     Raises UbiError when it cannot be brought up; then nothing of it is left.
     """
-    session = Session(options, notice=log)
+    session = Session(options, notice=log, control=control)
     late: list[int] = []
 
     def terminate(number: int, _frame: FrameType | None) -> None:
@@ -415,12 +418,17 @@ def main(argv: list[str] | None = None) -> int:
             os.write(arguments.ready_fd, msgspec.json.encode(message) + b"\n")
         os.close(arguments.ready_fd)
 
+    control = None
     try:
         if arguments.go_fd is not None:
+            control = Control.open()
+            control.get_features()
             os.write(arguments.ready_fd, b'{"ready": true}\n')
             if not os.read(arguments.go_fd, 1):
                 return int(Exit.FAILED)
-        return run(options, tell, log_fd=sys.stderr.fileno(), recover=arguments.recover)
+        return run(
+            options, tell, log_fd=sys.stderr.fileno(), recover=arguments.recover, control=control,
+        )
     except UbiError as error:
         log(error.message)
         if not told:

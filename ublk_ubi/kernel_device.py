@@ -19,6 +19,7 @@ import time
 from typing import TYPE_CHECKING
 
 from ublk_ubi.abi import ZERO_COPY, DevState, Feature
+from ublk_ubi.config import resolve_owner
 from ublk_ubi.control import Control, ControlError
 from ublk_ubi.device_params import AddParams, DeviceParams, DiscardLimits
 from ublk_ubi.errors import Exit, UbiError
@@ -205,6 +206,16 @@ class KernelDevice:
             self.control.end_user_recovery(self.info.id, os.getpid(), timeout_s=START_TIMEOUT_S)
         else:
             self.control.start_dev(self.info.id, os.getpid(), timeout_s=START_TIMEOUT_S)
+
+    def set_owner(self) -> None:
+        """Give the disk's node its owner and mode. Raises UbiError."""
+        path = self.info.disk_path
+        try:
+            if self._options.owner is not None:
+                os.chown(path, *resolve_owner(self._options.owner))
+            os.chmod(path, self._options.mode)
+        except OSError as error:
+            raise UbiError(f"{path}: its owner or mode cannot be set: {error.strerror}") from None
 
     def resize(self, size: int) -> None:
         """Give the disk another size, in bytes. Raises UbiError where the driver cannot."""

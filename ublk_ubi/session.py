@@ -31,7 +31,6 @@ from ublk_ubi._device import DataPlane
 from ublk_ubi._opener import Opener, Refused
 from ublk_ubi.base import Base, open_base
 from ublk_ubi.bounds import required_block_size
-from ublk_ubi.config import resolve_owner
 from ublk_ubi.control import Control, ControlError, ControlTimeout
 from ublk_ubi.cpus import usable_cpus
 from ublk_ubi.errors import Exit, UbiError
@@ -61,10 +60,12 @@ DRAIN_S = 0.3
 class Session(TableHost):
     """A device being brought up, live, or being taken down. Not thread-safe: one caller at a time.
 
-    `notice` gets lines that are worth telling on the way up.
+    `notice` gets lines that are worth telling on the way up. `control` is there already, or opened.
     """
 
-    def __init__(self, options: DeviceOptions, notice: Callable[[str], None]) -> None:
+    def __init__(
+        self, options: DeviceOptions, notice: Callable[[str], None], control: Control | None = None,
+    ) -> None:
         super().__init__(runtime.tables_dir())
         self.options = options
         self.warnings: list[str] = []
@@ -83,6 +84,7 @@ class Session(TableHost):
         self.is_live = False
         self._was_seen = False
         self._notice = notice
+        self._control = control
         self._undo = contextlib.ExitStack()
         self._ublkc = -1
         self._missing: UbiError | None = None
@@ -111,7 +113,8 @@ class Session(TableHost):
         options = self.options
         self._cpus = usable_cpus("--cpus", options.cpus)
         self._hydrator_cpus = usable_cpus("--hydrator-cpus", options.hydrator_cpus)
-        self.device = KernelDevice(self._undo.enter_context(Control.open()), options)
+        control = self._undo.enter_context(self._control or Control.open())
+        self.device = KernelDevice(control, options)
         self.claim = runtime.claim(options.name, base=os.path.realpath(options.base))
         try:
             self._meet_previous(recover=recover)
@@ -316,19 +319,11 @@ class Session(TableHost):
         self.device.start()
         if not self.device.recovered:
             self._undo.callback(self.device.stop_quietly)
-            self._set_owner(self.info.disk_path)
+            self.device.set_owner()
         self.link = links.publish_link(self.claim.name, self.info.id)
         if not self.device.recovered:
             self._undo.callback(links.remove_link, self.claim.name, self.info.id)
         self.claim.write_state(self._state(live=True))
-
-    def _set_owner(self, path: str) -> None:
-        try:
-            if self.options.owner is not None:
-                os.chown(path, *resolve_owner(self.options.owner))
-            os.chmod(path, self.options.mode)
-        except OSError as error:
-            raise UbiError(f"{path}: its owner or mode cannot be set: {error.strerror}") from None
 
     def _state(self, *, live: bool = False, known: bool = True) -> runtime.State:
         """Tell what is `known` of the device so far: nothing but its cookie before ADD_DEV."""

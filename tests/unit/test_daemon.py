@@ -25,7 +25,7 @@ class FakeSession:
     during_start: Callable[[FakeSession], None]
     made: FakeSession
 
-    def __init__(self, _options: DeviceOptions, notice: object) -> None:
+    def __init__(self, _options: DeviceOptions, notice: object, control: object) -> None:
         self.calls: list[str] = []
         self.is_live = False
         self.warnings: list[str] = []
