@@ -7,6 +7,7 @@ each test nothing of it may be left, and the kernel must have nothing to complai
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import os
 import sys
@@ -21,9 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 pytest.register_assert_rewrite("support")
 
 from support import slots, watch  # noqa: E402
-from support.device import Ubi  # noqa: E402
+from support.device import RUN_ROOT, Ubi  # noqa: E402
 from support.images import Image, random_content, write_block, write_file  # noqa: E402
 from support.mapper import Mapper  # noqa: E402
+from support.mortal import Mortal  # noqa: E402
+from support.mortal import build as build_mortal  # noqa: E402
 from support.stores import FOLDERS, Disks, Stores  # noqa: E402
 from support.undo import Undo  # noqa: E402
 
@@ -121,6 +124,27 @@ def ubi(undo: Undo, data_path: str, request: pytest.FixtureRequest) -> Iterator[
     )
     yield made
     assert not made.rescued, f"not done within {limit_s:g} s; its devices were killed"
+
+
+@pytest.fixture
+def no_watch() -> Iterator[None]:
+    """Bring back what died by hand: the place of the one that does it unasked is taken."""
+    RUN_ROOT.mkdir(mode=0o700, exist_ok=True)
+    fd = os.open(RUN_ROOT / ".watch.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    yield
+    os.close(fd)
+
+
+@pytest.fixture(scope="session")
+def mortal_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_mortal(tmp_path_factory.mktemp("mortal"))
+
+
+@pytest.fixture
+def mortal(mortal_library: Path, tmp_path: Path, undo: Undo) -> Mortal:
+    """What daemons of one device do, and when they die."""
+    return Mortal(mortal_library, tmp_path, undo)
 
 
 @pytest.fixture

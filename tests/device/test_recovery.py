@@ -1,9 +1,10 @@
-"""A disk outlives its daemon: killed, ended or upgraded, its users see no error, lose no write."""
+"""A disk outlives its daemon: killed, ended or upgraded, its users see no error, lose no write.
+
+Kills and upgrades in number, under fio, are the matter of test_kills.py.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import random
 import signal
@@ -22,7 +23,7 @@ from support.shell import until
 from support.variant import Variant
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from support.device import Device, Ubi
     from support.images import Image
@@ -31,20 +32,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 STRIPE = 64 << 10
 SIZE = 8 * MIB
-KILLS = 4
-MODES = pytest.mark.parametrize(
-    ("data_path", "queues"), [("zero-copy", 1), ("copy", 2)], ids=["zero-copy-1q", "copy-2q"],
-)
-
-
-@pytest.fixture(autouse=True)
-def no_watch() -> Iterator[None]:
-    """Bring back what died by hand: the place of the one that does it unasked is taken."""
-    RUN_ROOT.mkdir(mode=0o700, exist_ok=True)
-    fd = os.open(RUN_ROOT / ".watch.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX)
-    yield
-    os.close(fd)
+pytestmark = pytest.mark.usefixtures("no_watch")
 
 
 @pytest.fixture
@@ -66,13 +54,6 @@ class Busy:
         self.device.start(**options)
         self.device.call("hydrate", {"run": True, "rate": 2 * MIB})
         self.writers = Writers(self.device, self.record, threads=4, seed=seed, first=1)
-
-    def recover(self) -> None:
-        answer = self.ubi.command("recover", self.device.name, "--json")
-        assert answer.code == 0, answer
-        [recovered] = json.loads(answer.stdout)["recovered"]
-        self.device.pid = recovered["pid"]
-        self.device.live = True
 
     def go_on(self, writes: int) -> None:
         """Let so many more writes complete."""
@@ -105,19 +86,6 @@ def until_ended(pid: int) -> None:
 
 # -- killed -------------------------------------------------------------------------------------
 
-@MODES
-def test_kills_are_not_noticed(busy: Busy, seed: int, data_path: str, queues: int) -> None:
-    rng = random.Random(seed)
-    busy.start(seed, data_path=data_path, queues=queues)
-    for _ in range(KILLS):
-        busy.go_on(rng.randrange(20, 200))
-        busy.device.kill()
-        assert not busy.writers.failed
-        busy.recover()
-    busy.go_on(50)
-    busy.end()
-
-
 def test_dying_amid_recovery_is_recoverable(busy: Busy, seed: int) -> None:
     """Killed between any two of its steps, a new daemon leaves the disk to the next."""
     rng = random.Random(seed)
@@ -131,7 +99,7 @@ def test_dying_amid_recovery_is_recoverable(busy: Busy, seed: int) -> None:
         os.kill(pid, signal.SIGKILL)
         recovering.result()
         until_ended(pid)
-        busy.recover()
+        busy.device.recover()
     busy.go_on(50)
     busy.end()
 
@@ -145,7 +113,7 @@ def test_what_died_is_shown_and_comes_back(busy: Busy, seed: int) -> None:
     assert f"ublk-ubi recover {busy.device.name}" in status.stdout
     refused = busy.ubi.command("del", busy.device.name)
     assert (refused.code, busy.device.name in refused.stderr) == (5, True)
-    busy.recover()
+    busy.device.recover()
     again = busy.ubi.command("recover", busy.device.name)
     assert (again.code, "nothing to do" in again.stderr) == (5, True)
     busy.go_on(50)
@@ -285,24 +253,19 @@ def test_a_daemon_that_is_told_to_end_leaves_a_disk_in_use(busy: Busy, seed: int
     busy.device.live = False
     status = busy.ubi.command("status", busy.device.name)
     assert (status.code, "left" in status.stdout) == (3, True)
-    busy.recover()
+    busy.device.recover()
     busy.go_on(50)
     busy.end()
 
 
-@MODES
-def test_upgrades_are_not_noticed(busy: Busy, seed: int, data_path: str, queues: int) -> None:
-    busy.start(seed, data_path=data_path, queues=queues)
-    for _ in range(KILLS):
-        busy.go_on(50)
-        before = busy.device.pid
-        outcome = busy.ubi.command("upgrade", busy.device.name, "--json")
-        assert outcome.code == 0, outcome
-        [upgraded] = json.loads(outcome.stdout)["upgraded"]
-        busy.device.pid = upgraded["pid"]
-        assert busy.device.pid != before
-        until_ended(before)
-        print(f"requests waited {upgraded['pause_s']} s")
+def test_an_upgrade_keeps_hydration(busy: Busy, seed: int) -> None:
+    """What it was told since it was added; the old daemon ends."""
+    busy.start(seed)
+    busy.go_on(50)
+    before = busy.device.pid
+    busy.device.upgrade()
+    assert busy.device.pid != before
+    until_ended(before)
     busy.go_on(50)
     assert busy.device.status()["hydration"]["state"] in ("running", "done")
     busy.end()
@@ -351,7 +314,7 @@ def test_a_disk_grows_under_load(busy: Busy, seed: int) -> None:
     smaller = busy.ubi.command("resize", busy.device.name, SIZE)
     assert (smaller.code, "not shrink" in smaller.stderr) == (1, True)
     busy.device.kill()
-    busy.recover()
+    busy.device.recover()
     assert read(busy.device, 2 * SIZE - BLOCK) == b"e" * BLOCK
     busy.go_on(50)
     busy.device.options.pop("size")

@@ -166,6 +166,36 @@ class Device:
             os.close(pidfd)
         self.live = False
 
+    def is_dead(self) -> bool:
+        """Whether the daemon has ended by itself, with its last thread."""
+        try:
+            pidfd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            pass
+        else:
+            ready, _, _ = select.select([pidfd], [], [], 0)
+            os.close(pidfd)
+            if not ready:
+                return False
+        self.live = False
+        return True
+
+    def recover(self) -> None:
+        """`recover`: a new daemon takes over from one that died, or left."""
+        [served] = self._command("recover", "--json").json()["recovered"]
+        self.pid, self.live = served["pid"], True
+
+    def upgrade(self) -> float:
+        """`upgrade`; how long its requests waited, in seconds."""
+        [served] = self._command("upgrade", "--json").json()["upgraded"]
+        self.pid = served["pid"]
+        pause_s: float = served["pause_s"]
+        return pause_s
+
+    def _command(self, word: str, *options: str) -> Outcome:
+        """A command on this device, which must succeed; its daemons get their environment."""
+        return Running([word, self.name, *options], environment=self.environment).checked()
+
     def reopen(self, **changes: object) -> Device:
         """Stop cleanly, then start with the options of before and these changes."""
         self.stop()
@@ -252,14 +282,14 @@ class Device:
             if self.live and not fell:
                 print(f"{self.name} at the end: {json.dumps(self.status())}")
         print(f"{self.name}, its log:\n{log}")
-        table = self._table()
+        table = self.table()
         Running(["del", self.name, "--force", "--if-exists"]).checked()
         if table is not None and not self.live:
             # Of a daemon that a test has killed: it is kept, for writes that nobody wants any more.
             table.unlink(missing_ok=True)
         assert not fell, f"the daemon of {self.name} ended by itself: {log[-2000:]}"
 
-    def _table(self) -> Path | None:
+    def table(self) -> Path | None:
         """The file that tells, until the disk is opened again, what the base has."""
         try:
             state = json.loads((RUN_ROOT / self.name / "state.json").read_bytes())

@@ -29,9 +29,13 @@ WHOLE = 4                          # every so many stripes one is written as a w
 
 
 class Record:
-    """Of every sector: the number of the last write that completed, and of those tried since."""
+    """Of every sector: the number of the last write that completed, and of those tried since.
 
-    def __init__(self, image: bytes, size: int, stripe: int) -> None:
+    What lies before `start`, bytes, is somebody else's.
+    """
+
+    def __init__(self, image: bytes, size: int, stripe: int, *, start: int = 0) -> None:
+        self.start = start
         self.image = image + bytes(size - len(image))
         self.size = size
         self.stripe = stripe
@@ -45,7 +49,7 @@ class Record:
         """
         surprises = 0
         with device.open(os.O_RDONLY) as disk:
-            for start in range(0, self.size, CHUNK):
+            for start in range(self.start, self.size, CHUNK):
                 found = disk.pread(start, min(CHUNK, self.size - start))
                 for at in range(0, len(found), SECTOR):
                     sector = (start + at) // SECTOR
@@ -130,7 +134,8 @@ class Writers:
             disk.fsync()
         elif dice < 0.1:
             with memoryview(buffer) as view, view[:BLOCK] as data:
-                at = rng.randrange(self._record.size // BLOCK) * BLOCK
+                first, end = self._record.start // BLOCK, self._record.size // BLOCK
+                at = rng.randrange(first, end) * BLOCK
                 if os.preadv(disk.fd, [data], at) == 0:
                     raise OSError(errno.ENODEV, "the disk has no size any more")
         else:
@@ -142,7 +147,9 @@ class Writers:
         """Bytes that are this writer's own, inside one stripe."""
         stripe_size = self._record.stripe
         while True:
-            stripe = rng.randrange(self._record.size // stripe_size)
+            stripe = rng.randrange(
+                self._record.start // stripe_size, self._record.size // stripe_size,
+            )
             if stripe % WHOLE == WHOLE - 1:
                 if stripe // WHOLE % self._threads != index:
                     continue
