@@ -43,6 +43,14 @@ class NoAnswerError(UbiError):
     """The daemon cannot be reached, or went away before it answered."""
 
 
+class RpcError(UbiError):
+    """An answer's error, with its JSON-RPC code: ours, or a negative errno as SPDK has them."""
+
+    def __init__(self, message: str, rpc_code: int, code: Exit = Exit.FAILED) -> None:
+        super().__init__(message, code)
+        self.rpc_code = rpc_code
+
+
 def call(path: str, method: str, params: object = None, timeout_s: float = 5.0) -> Any:
     """Send one request to the socket at `path` and return its result.
 
@@ -101,7 +109,7 @@ def _result_of(response: _Response) -> Any:
     code = Exit.FAILED
     with contextlib.suppress(ValueError):
         code = Exit((response.error.data or {}).get("exit", code))
-    raise UbiError(response.error.message, code)
+    raise RpcError(response.error.message, response.error.code, code)
 
 
 def _connect(sock: socket.socket, path: str, deadline: float) -> None:

@@ -8,7 +8,8 @@ with a callback as `data`, so the owner's loop is
 
 and nothing in here ever waits. Everything is bounded: clients, bytes held for each in both
 directions, requests answered in a turn, answers still owed. Who does not read is not read from;
-who is idle makes room. Requests are objects one after the other, as SPDK frames them.
+who is idle makes room. Requests are objects one after the other, as SPDK frames them; arrays of
+requests (batches) where the owner allows them.
 """
 
 from __future__ import annotations
@@ -21,16 +22,18 @@ import socket
 import stat
 import time
 import traceback
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.framing import Framer, FramingError
-from ublk_ubi.rpc import Error, short_path
+from ublk_ubi.rpc import Error, RpcError, short_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    Method = tuple[Any, Callable[[Any], object]]
 
 PARSE_ERROR = -32700
 INVALID_REQUEST = -32600
@@ -49,6 +52,19 @@ MAX_ACCEPTS = 16
 MAX_ID = 256
 IDLE_TIMEOUT_S = 60.0
 ACCEPT_PAUSE_S = 1.0
+
+
+class Limits(NamedTuple):
+    """What a server holds at most; a device daemon's, unless told."""
+
+    request: int = MAX_REQUEST
+    clients: int = MAX_CLIENTS
+    owed: int = MAX_OWED
+    waiting: int = MAX_WAITING  # less than `clients`
+    batch: int = 0  # requests in one array, all answered in one turn; 0: batches are refused
+
+
+DEFAULT_LIMITS = Limits()
 
 
 class NoParams(msgspec.Struct, forbid_unknown_fields=True):
@@ -70,6 +86,9 @@ class Deferred:
     """An answer that a handler owes; `resolve` or `fail` pays it, once, from the loop's thread."""
 
     def __init__(self) -> None:
+        self.wanted = True
+        """Whether somebody may still wait for it: who answers may look now and then."""
+
         self._deliver: Callable[[bytes], None] | None = None
         self._answer: tuple[object, UbiError | None] | None = None
         self._id = b""
@@ -105,43 +124,97 @@ class Deferred:
 class _Client:
     """One connection: what it sent, what it has not read, what it is owed."""
 
-    def __init__(self, sock: socket.socket, now: float) -> None:
+    def __init__(self, sock: socket.socket, now: float, limit: int) -> None:
         self.sock = sock
-        self.framer = Framer(MAX_REQUEST)
+        self.framer = Framer(limit)
         self.unread = bytearray()
-        self.owed = 0
+        self.debts: set[Deferred] = set()
         self.active = now
         self.mask = 0
         self.more = False  # requests are left over from the last turn
         self.ended = False  # it sends no more
         self.broken = False  # its stream makes no sense: close once it has read why
 
+    @property
+    def owed(self) -> int:
+        """Answers that come later."""
+        return len(self.debts)
+
+
+class _Batch(Deferred):
+    """The answers to an array of requests, paid when the last of them is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._answers: list[bytes] = []
+        self.parts: list[Deferred] = []
+        self._missing = 0
+        self._complete = False
+
+    def add(self, request_id: bytes, answer: bytes | Deferred) -> None:
+        """Take one request's answer, which may come later; a notification has none."""
+        if isinstance(answer, Deferred):
+            if request_id:
+                self.parts.append(answer)
+                self._missing += 1
+                answer._promise(request_id, self._take)
+        elif request_id:
+            self._answers.append(answer.strip())
+
+    def complete(self) -> None:
+        """All requests were handled."""
+        self._complete = True
+        self._pay()
+
+    def _take(self, answer: bytes) -> None:
+        self._answers.append(answer.strip())
+        self._missing -= 1
+        self._pay()
+
+    def _promise(self, _request_id: bytes, deliver: Callable[[bytes], None]) -> None:
+        self._deliver = deliver
+        self._pay()
+
+    def _pay(self) -> None:
+        if self._deliver is None or not self._complete or self._missing:
+            return
+        deliver, self._deliver = self._deliver, None
+        deliver(b"[" + b",".join(self._answers) + b"]\n" if self._answers else b"")
+
 
 class Server:
     """Answers requests on one socket (mode 0600). Construct, then let the owner's loop drive it.
 
     `methods` maps a name to its parameters' type and a handler, which gets an instance of it and
-    returns the result, or a `Deferred`. A handler's UbiError becomes the answer's error; any other
-    exception an internal error, told to `report`.
+    returns the result, or a `Deferred`; `other` gives that for names that it does not have. A
+    handler's UbiError becomes the answer's error; any other exception an internal error, told to
+    `report`.
     """
 
     def __init__(
         self,
         path: str,
-        methods: Mapping[str, tuple[type[msgspec.Struct], Callable[[Any], object]]],
+        methods: Mapping[str, Method],
         selector: selectors.BaseSelector,
         *,
+        other: Callable[[str], Method | None] = lambda _name: None,
+        limits: Limits = DEFAULT_LIMITS,
         report: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         idle_timeout_s: float = IDLE_TIMEOUT_S,
     ) -> None:
         self._path = path
         self._methods = methods
+        self._other = other
+        self._limits = limits
         self._selector = selector
         self._report = report or (lambda _text: None)
         self._clock = clock
         self._idle_timeout_s = idle_timeout_s
         self._clients: dict[int, _Client] = {}
+        self.serving: object = None
+        """Stands for the client whose request is being handled."""
+
         self._socket = _listen(path)
         self._selector.register(self._socket, selectors.EVENT_READ, self._on_connection)
         self._accepting = True
@@ -201,10 +274,10 @@ class Server:
                 self._accept_at = self._clock() + ACCEPT_PAUSE_S
                 return
             sock.setblocking(False)
-            if len(self._clients) >= MAX_CLIENTS:
+            if len(self._clients) >= self._limits.clients:
                 idle = [client for client in self._clients.values() if not client.owed]
                 self._drop(min(idle, key=lambda client: client.active))
-            client = _Client(sock, self._clock())
+            client = _Client(sock, self._clock(), self._limits.request)
             self._clients[sock.fileno()] = client
             # Its request is here already, as a rule. Once answered, it may well make room.
             self._serve(client, selectors.EVENT_READ)
@@ -241,7 +314,7 @@ class Server:
         """Answer whole requests, until the client owes us reading or has had its turn."""
         client.more = False
         for turn in range(MAX_TURN + 1):
-            if client.broken or len(client.unread) > MAX_UNREAD or client.owed >= MAX_OWED:
+            if client.broken or self._is_blocked(client):
                 return
             if turn == MAX_TURN:
                 client.more = True
@@ -261,16 +334,11 @@ class Server:
         client.broken = True
 
     def _handle(self, client: _Client, text: bytes) -> None:
-        """Answer one request, now or by a Deferred."""
+        """Answer one request, or a batch, now or by a Deferred."""
+        self.serving = client
         try:
-            request_id, answer = self._call(text)
-        except msgspec.DecodeError as error:
-            if isinstance(error, msgspec.ValidationError):
-                client.unread += _failure_text(_salvage_id(text), INVALID_REQUEST, str(error))
-            else:
-                self._break(client, str(error))
-            return
-        except UnicodeError as error:
+            request_id, answer = self._batch(text) if text[:1] == b"[" else self._call(text)
+        except (msgspec.DecodeError, UnicodeError) as error:
             self._break(client, str(error))
             return
         if isinstance(answer, Deferred):
@@ -281,18 +349,22 @@ class Server:
 
     def _owe(self, client: _Client, request_id: bytes, answer: Deferred) -> None:
         """Promise an answer, unless too many wait already."""
-        if not client.owed and self._waiting() >= MAX_WAITING:
+        if not client.owed and self._waiting() >= self._limits.waiting:
             refusal = UbiError("too many clients wait for an answer: try again later", Exit.BUSY)
             client.unread += _failure(request_id, refusal)
             return
-        client.owed += 1
-        answer._promise(request_id, lambda data: self._deliver(client, data))
+        client.debts.add(answer)
+        answer._promise(request_id, lambda data: self._deliver(client, answer, data))
 
     def _waiting(self) -> int:
         """Count the clients that wait; when that is too many, those who left go first."""
+        if sum(1 for client in self._clients.values() if client.owed) >= self._limits.waiting:
+            self.drop_who_left()
+        return sum(1 for client in self._clients.values() if client.owed)
+
+    def drop_who_left(self) -> None:
+        """Notice who waits for an answer no more."""
         waiting = [client for client in self._clients.values() if client.owed]
-        if len(waiting) < MAX_WAITING:
-            return len(waiting)
         poll = select.poll()
         for client in waiting:
             poll.register(client.sock, 0)  # a hang-up is always told
@@ -300,21 +372,40 @@ class Server:
         for client in waiting:
             if client.sock.fileno() in left:
                 self._drop(client)
-        return len(waiting) - len(left)
+
+    def _batch(self, text: bytes) -> tuple[bytes, bytes | Deferred]:
+        """Answer an array of requests by one of answers. Raises msgspec.DecodeError."""
+        requests = msgspec.json.decode(text, type=list[msgspec.Raw])
+        if not 0 < len(requests) <= self._limits.batch:
+            message = f"a batch has 1 to {self._limits.batch} requests, not {len(requests)}"
+            if not self._limits.batch:
+                message = "batches are not supported"
+            return b"null", _failure_text(b"null", INVALID_REQUEST, message)
+        batch = _Batch()
+        for request in requests:
+            batch.add(*self._call(bytes(request)))
+        batch.complete()
+        return b"null", batch
 
     def _call(self, text: bytes) -> tuple[bytes, bytes | Deferred]:
-        """Decode a request and run its handler; the id is empty for a notification."""
-        if text[:1] == b"[":
-            msgspec.json.decode(text)  # what is no JSON at all ends the connection
-            return b"null", _failure_text(b"null", INVALID_REQUEST, "batches are not supported")
-        request = _decode_request(text)
+        """Decode a request and run its handler; the id is empty for a notification.
+
+        Raises msgspec.DecodeError for what is no JSON at all.
+        """
+        try:
+            request = _decode_request(text)
+        except msgspec.ValidationError as error:
+            return b"null", _failure_text(_salvage_id(text), INVALID_REQUEST, str(error))
         request_id = bytes(request.id)
-        if request.method not in self._methods:
+        method = self._methods.get(request.method) or self._other(request.method)
+        if method is None:
             message = f"unknown method {request.method[:64]!r}"
             return request_id, _failure_text(request_id, METHOD_NOT_FOUND, message)
-        params_type, handler = self._methods[request.method]
+        params_type, handler = method
+        # SPDK takes null for no parameters, and so do its clients.
+        given = b"{}" if bytes(request.params) == b"null" else request.params
         try:
-            params = msgspec.json.decode(request.params, type=params_type)
+            params = msgspec.json.decode(given, type=params_type)
         except msgspec.DecodeError as error:
             return request_id, _failure_text(request_id, INVALID_PARAMS, str(error))
         try:
@@ -328,9 +419,9 @@ class Server:
             self._report(f"control socket: {request.method} failed: {traceback.format_exc()}")
             return request_id, _failure_text(request_id, INTERNAL_ERROR, "internal error: see log")
 
-    def _deliver(self, client: _Client, data: bytes) -> None:
+    def _deliver(self, client: _Client, answer: Deferred, data: bytes) -> None:
         """Queue an answer that was owed; it is sent, and requests that waited go on, next turn."""
-        client.owed -= 1
+        client.debts.discard(answer)
         if self._clients.get(client.sock.fileno()) is not client:
             return  # it has gone
         client.unread += data
@@ -354,7 +445,7 @@ class Server:
 
     def _rearm(self, client: _Client) -> None:
         mask = 0
-        blocked = len(client.unread) > MAX_UNREAD or client.owed >= MAX_OWED or client.more
+        blocked = self._is_blocked(client) or client.more
         if not (blocked or client.ended or client.broken) and client.framer.room:
             mask |= selectors.EVENT_READ
         if client.unread or client.more:
@@ -369,7 +460,14 @@ class Server:
             self._selector.modify(client.sock, mask, lambda ready: self._serve(client, ready))
         client.mask = mask
 
+    def _is_blocked(self, client: _Client) -> bool:
+        """Tell whether its next request has to wait: until it reads, or until it is answered."""
+        return len(client.unread) > MAX_UNREAD or client.owed >= self._limits.owed
+
     def _drop(self, client: _Client) -> None:
+        for debt in client.debts:
+            for answer in (debt, *(debt.parts if isinstance(debt, _Batch) else ())):
+                answer.wanted = False
         if client.mask:
             self._selector.unregister(client.sock)
             client.mask = 0
@@ -438,7 +536,8 @@ def _success(request_id: bytes, result: object) -> bytes:
 
 
 def _failure(request_id: bytes, error: UbiError) -> bytes:
-    return _failure_text(request_id, FAILED, error.message, {"exit": int(error.code)})
+    rpc_code = error.rpc_code if isinstance(error, RpcError) else FAILED
+    return _failure_text(request_id, rpc_code, error.message, {"exit": int(error.code)})
 
 
 def _failure_text(

@@ -20,7 +20,7 @@ import pytest
 
 from ublk_ubi import rpc_server
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.rpc import NoAnswerError, call
+from ublk_ubi.rpc import NoAnswerError, RpcError, call
 from ublk_ubi.rpc_server import Deferred, NoParams, Server
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Harness:
             {
                 "echo": (Echo, self.echo),
                 "fail": (NoParams, self.fail),
+                "fail_as_spdk_does": (NoParams, self.fail_as_spdk_does),
                 "crash": (NoParams, lambda _: 1 / 0),
                 "odd": (NoParams, lambda _: object()),
                 "big": (NoParams, lambda _: "x" * 10_000),
@@ -102,6 +103,9 @@ class Harness:
 
     def fail(self, _params: NoParams) -> None:
         raise UbiError("it is open", Exit.BUSY)
+
+    def fail_as_spdk_does(self, _params: NoParams) -> None:
+        raise RpcError("it exists", -17)
 
     def later(self, _params: NoParams) -> Deferred:
         self.deferred.append(Deferred())
@@ -180,6 +184,23 @@ def test_errors_carry_the_exit_code(harness: Harness) -> None:
         "jsonrpc": "2.0", "id": "id",
         "error": {"code": -32000, "message": "it is open", "data": {"exit": 5}},
     }
+
+
+def test_null_stands_for_no_parameters(harness: Harness) -> None:
+    """SPDK and its clients have it so; what is missing is told all the same."""
+    data = b'{"jsonrpc":"2.0","id":1,"method":"%s","params":null}'
+    assert ask(harness, data % b"big")[0]["result"] == "x" * 10_000
+    assert "text" in ask(harness, data % b"echo")[0]["error"]["message"]
+
+
+def test_errors_may_have_a_code_of_their_own(harness: Harness) -> None:
+    with pytest.raises(RpcError) as caught:
+        call(harness.path, "fail_as_spdk_does")
+    assert (caught.value.rpc_code, caught.value.message, caught.value.code) == (
+        -17, "it exists", Exit.FAILED)
+    with pytest.raises(RpcError) as caught:
+        call(harness.path, "nope")
+    assert caught.value.rpc_code == -32601
 
 
 @pytest.mark.parametrize("separator", [b"", b"\n", b" \r\n\t"])
