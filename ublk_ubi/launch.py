@@ -19,7 +19,7 @@ import signal
 import site
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -68,6 +68,7 @@ def start_daemon(
     *,
     recover: bool = False,
     before_go: Callable[[], None] | None = None,
+    interrupt_fd: int | None = None,
 ) -> Ready:
     """Start a daemon for `options` and wait for its device.
 
@@ -76,21 +77,22 @@ def start_daemon(
 
     `notice` hears what the daemon logs when the wait gets long: what it waits for. Raises
     UbiError: the daemon's own reason, or how it died. On SIGINT, SIGTERM or SIGHUP the daemon is
-    ended, and UbiError says so.
+    ended, and UbiError says so. Threads other than the main one get no signals: they give
+    `interrupt_fd`, which does the same once it is readable.
     """
     log_fd = runtime.open_log()
     try:
         ready_fd, their_ready_fd = os.pipe()
         their_go_fd, go_fd = os.pipe() if before_go is not None else (-1, -1)
         try:
-            with _signals_as_bytes() as signal_fd:
+            with _interruptions(interrupt_fd) as interrupts:
                 arguments = ["--recover"] if recover else []
                 process = _spawn(options, log_fd, their_ready_fd, their_go_fd, arguments)
                 told = _Told(log_fd, notice)
-                line = _wait_for_line(ready_fd, signal_fd, process, told)
+                line = _wait_for_line(ready_fd, interrupts, process, told)
                 if before_go is not None and line == LOADED:
                     _begin(process, go_fd, before_go)
-                    line = _wait_for_line(ready_fd, signal_fd, process, told)
+                    line = _wait_for_line(ready_fd, interrupts, process, told)
         finally:
             os.close(ready_fd)
             if go_fd >= 0:
@@ -170,24 +172,32 @@ class _Told:
                 self._notice(_LOG_TIME.sub("", line.decode(errors="replace").strip()))
 
 
+class _Interrupts(NamedTuple):
+    """Where an interruption shows: a pipe of ours with signals' numbers, or a caller's own."""
+
+    fd: int
+    signals: bool
+
+
 def _wait_for_line(
-    ready_fd: int, signal_fd: int, process: subprocess.Popen[bytes], told: _Told,
+    ready_fd: int, interrupts: _Interrupts, process: subprocess.Popen[bytes], told: _Told,
 ) -> bytes:
-    """Read up to the end of the first line or of the pipe; a signal ends daemon and wait."""
+    """Read to the first line's end or the pipe's; an interruption ends daemon and wait."""
     line = b""
     poll = select.poll()
     poll.register(ready_fd, select.POLLIN)
-    poll.register(signal_fd, select.POLLIN)
+    poll.register(interrupts.fd, select.POLLIN)
     while b"\n" not in line and len(line) < MAX_ANSWER:
         ready = {fd for fd, _ in poll.poll(_PATIENCE_MS)}
         if not ready:
             told.pass_on()
             continue
-        if signal_fd in ready:
-            number = os.read(signal_fd, 1)[0]
+        if interrupts.fd in ready:
+            by = ""
+            if interrupts.signals:
+                by = f" by {signal.Signals(os.read(interrupts.fd, 1)[0]).name}"
             _stop(process)
-            name = signal.Signals(number).name
-            raise UbiError(f"interrupted by {name}: the daemon was ended, no device was added")
+            raise UbiError(f"interrupted{by}: the daemon was ended, no device was added")
         piece = os.read(ready_fd, MAX_ANSWER)
         if not piece:
             break
@@ -206,7 +216,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             f"interrupted, but the daemon (process {process.pid}) has not ended "
             f"{STOP_WAIT_S:g} s after SIGTERM: see `ublk-ubi list`"
         )
-        _let_go(process)
+        let_go(process)
         raise UbiError(message, Exit.TIMED_OUT) from None
 
 
@@ -220,12 +230,12 @@ def _judge(line: bytes, process: subprocess.Popen[bytes], log_fd: int) -> Ready:
         _stop(process)
         raise UbiError(f"the daemon's answer makes no sense: {error}") from None
     if ready.ok:
-        _let_go(process)
+        let_go(process)
         return ready
     # It still takes back what it has made: nothing of it is left when we return.
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_END_WAIT_S)
-    _let_go(process)
+    let_go(process)
     known = ready.exit in {int(code) for code in Exit}
     raise UbiError(ready.error, Exit(ready.exit) if known else Exit.FAILED)
 
@@ -235,7 +245,7 @@ def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
         status = process.wait(_END_WAIT_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        _let_go(process)
+        let_go(process)
         return "closed its end without a word, and was killed"
     if status < 0:
         return f"was killed by {signal.Signals(-status).name} before its device was live"
@@ -250,21 +260,39 @@ def _last_words(log_fd: int) -> str:
     return f": {lines[-1][:400]}" if lines else ""
 
 
-def _let_go(process: subprocess.Popen[bytes]) -> None:
+_let_go_of: set[int] = set()
+
+
+def let_go(process: subprocess.Popen[bytes]) -> None:
     """Stop minding a process that outlives us; otherwise its object complains when it goes."""
     if process.returncode is None:
         process.returncode = 0
+        _let_go_of.add(process.pid)
+
+
+def reap() -> None:
+    """Bury processes let go of that have ended: for a parent that lives on; others need not."""
+    for pid in list(_let_go_of):
+        try:
+            ended = os.waitpid(pid, os.WNOHANG)[0] != 0
+        except ChildProcessError:
+            ended = True
+        if ended:
+            _let_go_of.discard(pid)
 
 
 @contextlib.contextmanager
-def _signals_as_bytes() -> Iterator[int]:
-    """Turn signals into bytes on a descriptor, so that they interrupt nothing but the wait."""
+def _interruptions(interrupt_fd: int | None) -> Iterator[_Interrupts]:
+    """Give what interrupts a wait; signals become bytes, so that they interrupt nothing else."""
+    if interrupt_fd is not None:
+        yield _Interrupts(interrupt_fd, signals=False)
+        return
     read_fd, write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
     minded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     handlers = {number: signal.signal(number, lambda *_: None) for number in minded}
     try:
-        yield read_fd
+        yield _Interrupts(read_fd, signals=True)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -55,8 +55,16 @@ def options_of(device: Device) -> DeviceOptions:
     )
 
 
-def recover(device: Device, notice: Callable[[str], None] | None = None) -> Ready:
-    """Start a daemon for a disk whose daemon died. Raises UbiError; busy if it is served."""
+def recover(
+    device: Device,
+    notice: Callable[[str], None] | None = None,
+    *,
+    interrupt_fd: int | None = None,
+) -> Ready:
+    """Start a daemon for a disk whose daemon died. Raises UbiError; busy if it is served.
+
+    `interrupt_fd` is for other threads than the main one: see `start_daemon`.
+    """
     if device.alive:
         raise UbiError(f"{device.name} is served by process {device.pid}: nothing to do", Exit.BUSY)
     if device.state is None or device.state.id is None:
@@ -65,10 +73,15 @@ def recover(device: Device, notice: Callable[[str], None] | None = None) -> Read
         )
     options = options_of(device)
     runtime.clear_trouble(device)
-    return start_daemon(options, notice, recover=True)
+    return start_daemon(options, notice, recover=True, interrupt_fd=interrupt_fd)
 
 
-def upgrade(device: Device, notice: Callable[[str], None] | None = None) -> tuple[Ready, float]:
+def upgrade(
+    device: Device,
+    notice: Callable[[str], None] | None = None,
+    *,
+    interrupt_fd: int | None = None,
+) -> tuple[Ready, float]:
     """Move a disk to a daemon of this version; also how long its requests waited, in seconds.
 
     Raises UbiError: before anything is touched when this version cannot go on where that one is,
@@ -86,7 +99,9 @@ def upgrade(device: Device, notice: Callable[[str], None] | None = None) -> tupl
         rpc.call(device.socket, "leave", {"upgrader": os.getpid()}, LEAVE_TIMEOUT_S)
 
     try:
-        ready = start_daemon(options_of(device), notice, recover=True, before_go=leave)
+        ready = start_daemon(
+            options_of(device), notice, recover=True, before_go=leave, interrupt_fd=interrupt_fd,
+        )
     except UbiError as error:
         if left_at == 0.0:
             raise

@@ -20,7 +20,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from ublk_ubi import runtime
-from ublk_ubi.launch import environment
+from ublk_ubi.launch import environment, let_go
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,11 +66,11 @@ def start_in_background(name: str) -> None:
         os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
     )
     try:
-        subprocess.Popen(
+        let_go(subprocess.Popen(
             [sys.executable, "-P", "-m", "ublk_ubi.watch"],
             stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd, cwd="/", env=environment(),
             start_new_session=True,
-        ).returncode = 0  # it outlives us: its object has nothing to complain of
+        ))
     finally:
         os.close(log_fd)
 

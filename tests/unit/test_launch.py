@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -208,3 +209,39 @@ def test_the_real_command_finds_this_package() -> None:
     )
     expected = os.path.join(os.path.dirname(launch.__file__), "__init__.py")
     assert run.stdout.strip() == expected
+
+
+def test_interrupted_on_another_thread(daemon) -> None:
+    """Threads get no signals: they give a descriptor, which stays as it is for others."""
+    daemon("time.sleep(60)")
+    fd = os.eventfd(0, os.EFD_NONBLOCK)
+    caught: list[UbiError] = []
+
+    def start() -> None:
+        try:
+            launch.start_daemon(OPTIONS, interrupt_fd=fd)
+        except UbiError as error:
+            caught.append(error)
+
+    threads = [threading.Thread(target=start) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    os.eventfd_write(fd, 1)
+    for thread in threads:
+        thread.join(30)
+    assert [error.message for error in caught] == [
+        "interrupted: the daemon was ended, no device was added"] * 2
+    assert os.eventfd_read(fd) == 1
+    os.close(fd)
+
+
+def test_ended_daemons_are_buried_when_asked_to(daemon) -> None:
+    daemon(LIVE.replace("size=5)", "size=5); time.sleep(60)"))
+    ready = launch.start_daemon(OPTIONS)
+    launch.reap()
+    os.kill(ready.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while os.path.exists(f"/proc/{ready.pid}"):
+        assert time.monotonic() < deadline
+        launch.reap()
+        time.sleep(0.01)
