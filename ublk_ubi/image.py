@@ -19,6 +19,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
+from . import blockdev
 from .errors import Exit, UbiError
 from .files import (
     Identity,
@@ -179,6 +180,8 @@ def _checked(fd: int, path: str, image_format: str | None, cache: str, topology:
     _lock_shared(fd, what, topology)
     if size_of(fd) == 0:
         raise UbiError(f"{what} is empty (0 bytes): give a raw disk image")
+    if is_block:
+        _refuse_partial_block(fd, what)
     if image_format is None:
         _refuse_other_formats(fd, path, is_block=is_block)
     _sync(fd, what)
@@ -212,6 +215,16 @@ def _checked(fd: int, path: str, image_format: str | None, cache: str, topology:
         is_block=is_block,
         warnings=warnings,
     )
+
+
+def _refuse_partial_block(fd: int, what: str) -> None:
+    """Refuse a disk that ends inside one of its blocks: the kernel reads whole ones only."""
+    block = blockdev.logical_block_size(fd)
+    if rest := size_of(fd) % block:
+        raise UbiError(
+            f"{what} has {size_of(fd)} bytes in blocks of {block}, so that nobody can read its "
+            f"last {rest}: give it smaller blocks (`losetup --sector-size 512`), or whole ones",
+        )
 
 
 def _lock_shared(fd: int, what: str, topology: Topology) -> None:

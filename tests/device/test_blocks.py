@@ -93,6 +93,24 @@ def test_they_fit(
     image.assert_untouched()
 
 
+def test_an_image_that_ends_inside_a_block_is_refused(
+    ubi: Ubi, stores: Stores, make_base: Callable[..., str], seed: int,
+) -> None:
+    """A disk with large blocks over a file of any length: nobody can read what is behind the last.
+    With smaller ones it is an image as any other."""
+    content = random_content(SIZE + 3 * 512, seed)
+    file = stores.folder("ext4") / "image"
+    file.write_bytes(content)
+    base = make_base(SIZE)
+    line = ubi.refused(stores.loop_over(file, "--sector-size", BLOCK), base, code=1)
+    assert f"{SIZE + 3 * 512} bytes in blocks of {BLOCK}" in line
+    assert "last 1536" in line
+    assert not os.path.exists(base)
+    image = Image(stores.loop_over(file), content)
+    device = ubi.add(image, base, stripe_size=STRIPE)
+    assert_content(device.node, image.as_disk(device.size), "the disk")
+
+
 def test_smaller_blocks_are_refused(
     ubi: Ubi, image4k: Image, base4k: str, make_image: Callable[..., Image],
     make_base: Callable[..., str],

@@ -6,6 +6,7 @@ them; then the same on real files.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import random
@@ -31,6 +32,7 @@ IORING_OP_FSYNC, IORING_OP_READ, IORING_OP_WRITE = 3, 22, 23
 IORING_OP_MSG_RING, IORING_OP_URING_CMD = 40, 46
 IOSQE_FIXED_FILE, IOSQE_CQE_SKIP_SUCCESS = 1, 64
 IORING_FSYNC_DATASYNC, RWF_DSYNC = 1, 2
+SYS_IO_URING_REGISTER, IORING_REGISTER_IOWQ_MAX_WORKERS = 427, 19
 FILES = 4
 KINDS = {"image": t.ACT_READ_IMAGE, "base": t.ACT_READ_BASE, "write": t.ACT_WRITE_BASE,
          "sync": t.ACT_SYNC_BASE}
@@ -47,6 +49,19 @@ def _io_uring() -> None:
 
 
 # -- what is asked of the kernel ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ops", [4, 133])
+def test_a_stuck_image_leaves_a_worker_to_the_base(ops: int) -> None:
+    """Blocked reads take a worker each: there is one more than all of them take."""
+    r = ring(ops=ops)
+    workers = (ctypes.c_uint32 * 2)()      # 0, 0: leave them, and tell what they are
+    status = ctypes.CDLL(None, use_errno=True).syscall(
+        SYS_IO_URING_REGISTER, r.fd, IORING_REGISTER_IOWQ_MAX_WORKERS, workers, len(workers),
+    )
+    assert status == 0, os.strerror(ctypes.get_errno())
+    # Of files, and of what cannot be polled.
+    assert list(workers) == [ops + 1, ops + 1]
 
 
 def test_the_sqe_of_every_action() -> None:
