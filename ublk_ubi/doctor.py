@@ -52,9 +52,11 @@ class Check(msgspec.Struct, frozen=True):
 # follows from what ADD_DEV grants; this says it beforehand.
 _FEATURE_COSTS: Final[dict[Feature, tuple[Status, str]]] = {
     Feature.CMD_IOCTL_ENCODE: ("fail", "no control command is understood; use Linux 6.5 or later"),
-    Feature.USER_RECOVERY: ("warn", "a daemon that dies takes its disk along; Linux 6.1 has it"),
+    Feature.USER_RECOVERY: (
+        "warn", "a daemon's end, by an upgrade too, is its disk's; Linux 6.1 has it",
+    ),
     Feature.USER_RECOVERY_REISSUE: (
-        "warn", "what is in flight when a daemon dies fails with EIO; Linux 6.1 has it",
+        "warn", "a daemon's end, by an upgrade too, is its disk's; Linux 6.1 has it",
     ),
     Feature.USER_COPY: ("warn", "no zero copy, every byte is copied once more; Linux 6.5 has it"),
     Feature.SUPPORT_ZERO_COPY: (
@@ -64,9 +66,6 @@ _FEATURE_COSTS: Final[dict[Feature, tuple[Status, str]]] = {
         "warn", "no zero copy, every byte is copied once more; Linux 6.16 has it",
     ),
     Feature.UPDATE_SIZE: ("warn", "a running disk cannot be resized; Linux 6.16 has it"),
-    Feature.QUIESCE: (
-        "warn", "an upgrade drains the disk and starts anew, which takes longer; Linux 6.16 has it",
-    ),
     Feature.SAFE_STOP_DEV: (
         "warn", "a disk that is opened in the moment of `del` is taken away; Linux 7.0 has it",
     ),
@@ -251,7 +250,7 @@ def check_limits(memlock_bytes: int, nofile: int, effective: int) -> list[Check]
         memlock = Check(
             "memlock limit", "warn", found,
             f"raise it to {MIN_MEMLOCK_BYTES >> 20} MiB (ulimit -l; LimitMEMLOCK= of systemd), or "
-            "a device's table and buffers cannot be locked in memory",
+            "a device's table cannot be locked, nor its buffers be registered, in memory",
         )
     many = nofile == resource.RLIM_INFINITY or nofile >= MIN_NOFILE
     files = Check(

@@ -16,6 +16,7 @@ import fcntl
 import mmap
 import os
 import stat
+import uuid
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from . import blockdev
@@ -66,6 +67,11 @@ def shown(path: str) -> str:
 def size_text(size: int) -> str:
     """Return a number of bytes, exactly and for the eye."""
     return f"{size} bytes ({human_size(size)})" if size >= 1024 else f"{size} bytes"
+
+
+def uuid_text(raw: bytes) -> str:
+    """Return the form in which people are told of a UUID."""
+    return str(uuid.UUID(bytes=raw))
 
 
 def check_path(role: Role, path: str) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import stat
-import uuid
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ublk_ubi import blockdev, content, metadata
 from ublk_ubi.errors import UbiError
-from ublk_ubi.files import open_failure, shown
+from ublk_ubi.files import open_failure, shown, uuid_text
 from ublk_ubi.options import METADATA_SIZE
 from ublk_ubi.sizes import format_size
 
@@ -155,7 +154,7 @@ def _inspect_other(found: Metadata, data: bytes, common: dict[str, Any]) -> Insp
 def _inspect_ours(found: Metadata, extension: Extension, common: dict[str, Any]) -> Inspection:
     """Describe a disk of this program."""
     done = found.hydrated(extension.image_stripes)
-    boot_id = _text_uuid(extension.boot_id)
+    boot_id = uuid_text(extension.boot_id)
     this_boot = boot_id == current_boot_id()
     path = shown(common["path"])
     image = "" if done == extension.image_stripes else "--image IMAGE "
@@ -177,7 +176,7 @@ def _inspect_ours(found: Metadata, extension: Extension, common: dict[str, Any])
         image_size=extension.image_size,
         image_stripes=extension.image_stripes,
         image_fingerprint=extension.fingerprint.hex(),
-        uuid=_text_uuid(extension.uuid),
+        uuid=uuid_text(extension.uuid),
         generation=extension.generation,
         block_size=extension.block_size,
         boot_id=boot_id,
@@ -249,10 +248,6 @@ def current_boot_id() -> str:
     """Return the kernel's id of this boot."""
     with open(_BOOT_ID, encoding="ascii") as file:
         return file.read().strip()
-
-
-def _text_uuid(raw: bytes) -> str:
-    return str(uuid.UUID(bytes=raw))
 
 
 def _read_start(path: str) -> tuple[int, bytes]:

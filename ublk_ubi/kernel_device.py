@@ -18,8 +18,8 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from ublk_ubi import node
 from ublk_ubi.abi import ZERO_COPY, DevState, Feature
-from ublk_ubi.config import resolve_owner
 from ublk_ubi.control import Control, ControlError
 from ublk_ubi.device_params import AddParams, DeviceParams, DiscardLimits
 from ublk_ubi.errors import Exit, UbiError
@@ -66,6 +66,14 @@ class KernelDevice:
     def recoverable(self) -> bool:
         """Whether the disk stays when its daemon dies, and its requests wait for the next one."""
         return RECOVERY in self.info.flags
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was not granted as it was asked for."""
+        asked, found = self._options.queues, self.info.queues
+        if found >= asked:
+            return []
+        return [f"--queues {asked}: {self.info.disk_path} has {found}, as many as there are CPUs"]
 
     # ---- making -----------------------------------------------------------------------------
 
@@ -201,21 +209,20 @@ class KernelDevice:
                 return fd
 
     def start(self) -> None:
-        """Have the kernel send requests. Every tag is fetched, or about to be."""
+        """Have the kernel send requests, and give the node to its owner. Raises UbiError.
+
+        Every tag is fetched, or about to be.
+        """
         if self.recovered:
             self.control.end_user_recovery(self.info.id, os.getpid(), timeout_s=START_TIMEOUT_S)
-        else:
+            return
+        with node.Udev() as udev:
             self.control.start_dev(self.info.id, os.getpid(), timeout_s=START_TIMEOUT_S)
-
-    def set_owner(self) -> None:
-        """Give the disk's node its owner and mode. Raises UbiError."""
-        path = self.info.disk_path
-        try:
-            if self._options.owner is not None:
-                os.chown(path, *resolve_owner(self._options.owner))
-            os.chmod(path, self._options.mode)
-        except OSError as error:
-            raise UbiError(f"{path}: its owner or mode cannot be set: {error.strerror}") from None
+            try:
+                node.give(self.info.disk_path, self._options.owner, self._options.mode, udev)
+            except BaseException:
+                self.stop_quietly()
+                raise
 
     def resize(self, size: int) -> None:
         """Give the disk another size, in bytes. Raises UbiError where the driver cannot."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ublk_ubi.bounds import check_bounds
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.files import shown, size_text
+from ublk_ubi.files import shown, size_text, uuid_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,14 +120,14 @@ _LINES: dict[str, Callable[[Context], UbiError]] = {
         "content): give that image; --force takes this one for the stripes not hydrated yet",
     ),
     "live": lambda c: UbiError(
-        f"{c.what} is a copy of a disk (UUID {c.opener.uuid.hex()}) that is in use now: end that "
-        "device first",
+        f"{c.what} is a copy of a disk (UUID {uuid_text(c.opener.uuid)}) that is in use now: "
+        "end that device first",
         Exit.BUSY,
     ),
     "copy": lambda c: UbiError(
         f"{c.what} does not fit the record of writes that a daemon left for UUID "
-        f"{c.opener.uuid.hex()}: it is a copy of that disk, or an older one; add the original, or "
-        f"{AFTER_POWER_LOSS}",
+        f"{uuid_text(c.opener.uuid)}: it is a copy of that disk, or an older one; add the "
+        f"original, or {AFTER_POWER_LOSS}",
     ),
     "stale": lambda c: UbiError(
         f"{c.what} was in use since this boot and its record of writes is gone: acknowledged "
@@ -153,3 +153,9 @@ def explain(
 ) -> UbiError:
     """Return the error for a refusal of the lifecycle engine."""
     return _LINES[reason](Context(opener, options, image, base))
+
+
+def not_yet_forced(base: Base) -> str:
+    """Warn that a base which goes on with its table records another image only when next opened."""
+    return (f"base {shown(base.path)} still records the image that it was made from, as it was not "
+            "closed: after a clean stop give --force once more")

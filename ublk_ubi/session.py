@@ -39,7 +39,7 @@ from ublk_ubi.hydration import Hydration
 from ublk_ubi.image import FINGERPRINT_SIZE, Image, fingerprint, open_image
 from ublk_ubi.kernel_device import SECTOR, START_TIMEOUT_S, KernelDevice
 from ublk_ubi.options import MAX_STRIPE_SIZE, METADATA_SIZE
-from ublk_ubi.refusals import explain
+from ublk_ubi.refusals import explain, not_yet_forced
 from ublk_ubi.removal import delete_kernel_device, find_kernel_device, user_of
 from ublk_ubi.signals import signals_wait
 from ublk_ubi.table import TableHost, boot_id
@@ -235,14 +235,15 @@ class Session(TableHost):
     def _open_base(self) -> None:
         """Judge the metadata; make a ublk device, or take it over; write."""
         sync_fd = self.base.reopen_for_sync(1)[0]
+        image_fingerprint = (fingerprint(self.image.fd, self.image.size) if self.image
+                             else bytes(FINGERPRINT_SIZE))
         self.opener = Opener(
             base_fd=self.base.fd,
             sync_fd=sync_fd,
             base_bytes=self.base.size,
             image_bytes=self.image.size if self.image else 0,
             identity=(self.base.identity.device, self.base.identity.number),
-            fingerprint=fingerprint(self.image.fd, self.image.size) if self.image
-            else bytes(FINGERPRINT_SIZE),
+            fingerprint=image_fingerprint,
             new_uuid=uuid.uuid4().bytes,
             boot_id=boot_id(),
             stripe_bytes=self.options.stripe_size or 0,
@@ -266,6 +267,8 @@ class Session(TableHost):
                 f"{error.strerror}; check its disk (see `dmesg`)",
             ) from None
         self._undo.callback(self._close_base_quietly)
+        if self.opener.going_on and self.image and self.opener.fingerprint != image_fingerprint:
+            self.warnings.append(not_yet_forced(self.base))
         if self._missing is not None:
             self.warnings.append(
                 f"image {shown(self.options.image or '')} is not there, and not needed: the base "
@@ -319,7 +322,6 @@ class Session(TableHost):
         self.device.start()
         if not self.device.recovered:
             self._undo.callback(self.device.stop_quietly)
-            self.device.set_owner()
         self.link = links.publish_link(self.claim.name, self.info.id)
         if not self.device.recovered:
             self._undo.callback(links.remove_link, self.claim.name, self.info.id)
@@ -364,6 +366,7 @@ class Session(TableHost):
         with signals_wait():  # an id that the kernel gave out is taken back by nobody else
             self.device.make(opener.stripe_bytes)
             self._undo.callback(self.device.delete_quietly)
+        self.warnings += self.device.warnings
         self.claim.write_state(self._state())
         self.device.describe(
             size=self.size,
@@ -397,8 +400,9 @@ class Session(TableHost):
         new_base.zero_tail(self.base, opener, self.options)
 
     def created(self) -> None:
-        """Make the name of a new base last."""
+        """Make the name of a new base last. What knows of the disk that was here before goes."""
         self.base.sync_folder()
+        self.drop_tables_of(self.base.identity.device, self.base.identity.number)
 
     def grow(self, size: int | None, *, keep_old_data: bool) -> int:
         """Make the disk as large as its base, which is grown to `size` first if that is told.

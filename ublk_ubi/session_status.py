@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 from typing import TYPE_CHECKING, Any
 
+from ublk_ubi.files import uuid_text
 from ublk_ubi.memory import private_bytes
 from ublk_ubi.table import VERSION as TABLE_VERSION
 
@@ -47,7 +47,7 @@ def describe(session: Session, state: str) -> dict[str, Any]:
         "recoverable": session.device.recoverable,
         "table_version": TABLE_VERSION,
         "cache": options.cache,
-        "uuid": str(uuid.UUID(bytes=session.opener.uuid)),
+        "uuid": uuid_text(session.opener.uuid),
         "generation": session.opener.generation,
         "stripes": stripes,
         "space": {

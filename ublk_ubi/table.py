@@ -18,6 +18,7 @@ Invariants
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import errno
@@ -31,6 +32,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ublk_ubi.errors import Exit, UbiError
+from ublk_ubi.files import uuid_text
 
 MAGIC = b"UBITABLE"
 VERSION = 1
@@ -129,8 +131,19 @@ class TableHost:
                 continue
             except BlockingIOError:
                 raise UbiError(
-                    f"the table of UUID {uuid.hex()} is in use by another device", Exit.BUSY,
+                    f"the table of UUID {uuid_text(uuid)} is in use by another device", Exit.BUSY,
                 ) from None
+
+    def drop_tables_of(self, device: int, inode: int) -> None:
+        """Remove what is known of disks that were on a base which another has been made on.
+
+        A table in use is of a copy elsewhere, whose base has that place's identity no more.
+        """
+        for entry in os.scandir(self._folder) if os.path.isdir(self._folder) else ():
+            with contextlib.suppress(OSError):
+                found = look(entry.path).identity
+                if found is not None and (found.device, found.inode) == (device, inode):
+                    _remove(entry.path)
 
     def make_table(self, identity: Identity) -> Table:
         """Make a table under its temporary name, all rows 0. Raises UbiError (busy; no room)."""
@@ -139,8 +152,8 @@ class TableHost:
             fd = _create(path)
         except FileExistsError:
             raise UbiError(
-                f"another device is opening the base with UUID {identity.uuid.hex()}: wait for it, "
-                "or open the other copy of that disk later",
+                f"another device is opening the base with UUID {uuid_text(identity.uuid)}: wait "
+                "for it, or open the other copy of that disk later",
                 Exit.BUSY,
             ) from None
         except OSError as error:
@@ -167,7 +180,7 @@ class TableHost:
         except BlockingIOError:
             os.close(fd)
             raise UbiError(
-                f"the table of UUID {identity.uuid.hex()} is in use by a running device",
+                f"the table of UUID {uuid_text(identity.uuid)} is in use by a running device",
                 Exit.BUSY,
             ) from None
         except BaseException:
@@ -197,7 +210,8 @@ class TableHost:
             os.link(self._temporary(uuid), self._path(uuid))
         except FileExistsError:
             raise UbiError(
-                f"another device with UUID {uuid.hex()} went live meanwhile: its base is a copy",
+                f"another device with UUID {uuid_text(uuid)} went live meanwhile: its base is a "
+                "copy",
                 Exit.BUSY,
             ) from None
         os.unlink(self._temporary(uuid))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 from typing import TYPE_CHECKING
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_copy_beside_a_live_disk(ubi: Ubi, image: Image, device: Device) -> No
             line = ubi.refused(image, path, code=5)
         assert path in line
         assert "copy" in line
-        assert read_metadata(base).extension.uuid.hex() in line
+        assert str(uuid.UUID(bytes=read_metadata(base).extension.uuid)) in line
     assert read(device, 0) == b"k" * BLOCK
 
 
@@ -277,3 +278,37 @@ def test_slots_are_what_this_file_thinks(device: Device) -> None:
     before = read_metadata(base)
     seal_slot(base)
     assert read_metadata(base) == before
+
+
+# -- another disk on the same base ----------------------------------------------------------------
+
+def test_a_new_disk_on_a_crashed_ones_base_takes_its_table_along(
+    image: Image, device: Device,
+) -> None:
+    base = device.options["base"]
+    before = table_of(base)
+    device.kill()
+    assert before.exists()
+    device.start(format=True)
+    assert [path.name for path in TABLES.iterdir()] == [table_of(base).name]
+    assert not before.exists()
+    assert read(device, 0, BLOCK) == image.content[:BLOCK]
+
+
+def test_another_image_by_force_amid_a_crash_is_asked_for_until_it_is_recorded(
+    ubi: Ubi, device: Device, make_image: Callable[..., Image],
+) -> None:
+    """What the base records is written when it is opened; one that goes on was open."""
+    other = make_image(SIZE, holes=1.0)
+    device.kill()
+    assert "--force" in ubi.refused(other, device.options["base"], code=1)
+    device.start(image=other.path, force=True)
+    assert any("--force once more" in warning for warning in device.warnings)
+    assert read(device, 0, BLOCK) == b"k" * BLOCK
+    assert read(device, STRIPE, BLOCK) == bytes(BLOCK)
+    device.stop()
+    assert "--force" in ubi.refused(other, device.options["base"], code=1)
+    device.start(force=True)
+    assert not device.warnings
+    device.reopen(force=None)
+    assert read(device, 0, BLOCK) == b"k" * BLOCK

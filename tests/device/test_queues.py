@@ -41,6 +41,19 @@ def threads(device: Device) -> dict[str, dict[str, str]]:
     return found
 
 
+def test_fewer_than_were_asked_for_are_told_of(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],
+) -> None:
+    there = os.cpu_count() or 1
+    device = ubi.add(make_image(MIB), make_base(MIB), queues=there + 2)
+    assert device.status()["queues"] == there
+    assert device.warnings == [
+        f"--queues {there + 2}: {device.node} has {there}, as many as there are CPUs",
+    ]
+    device.reopen(queues=there)
+    assert device.warnings == []
+
+
 @needs_two_cpus
 def test_threads_run_where_they_are_told_to(
     ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],
