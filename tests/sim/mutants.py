@@ -42,6 +42,11 @@ START_ROUND = """    hydrator.joined = hydrator.joining
 """
 SYNC_DATA = "    start_sync(hydrator, ROUND_SYNC_DATA, actions)\n"
 WHOLE_STRIPE = "    elif request.length == queue.shared.stripe_bytes:\n"
+DISCARD_MORE = """        discard_more(queue, tag, actions)
+
+
+cdef void on_sync_done("""
+DISCARD_NO_MORE = DISCARD_MORE.replace("discard_more(queue, tag,", "complete(queue, tag, 0,")
 EVENT_STOP = "        write_slot(lifecycle, PHASE_CLOSE_SLOT, actions)\n"
 
 # -- commit rounds -----------------------------------------------------------------------------
@@ -263,6 +268,14 @@ REQUESTS = (
         else:
             start_io(queue, tag, OVERWRITE, write_kind(request), False, actions)
 """))),
+    Mutant("multi-stripe discard touches the first stripe only",
+           "the base keeps the space of the others",
+           (Change(QUEUE, "    request.position = end if stop > end else stop\n",
+                   "    request.position = min(next_stripe(shared, start), end)\n"),
+            Change(QUEUE, DISCARD_MORE, DISCARD_NO_MORE))),
+    Mutant("a discard ends at the first cold stripe",
+           "the base keeps the space of the stripes behind it",
+           (Change(QUEUE, DISCARD_MORE, DISCARD_NO_MORE),)),
     Mutant("a queue's failed fdatasync sets no latch",
            "the flush after it succeeds, for data that the kernel has dropped",
            (Change(QUEUE, "        set_once_u32(queue.shared.latch, <uint32_t>-result)\n",
@@ -270,6 +283,37 @@ REQUESTS = (
     Mutant("the queue never looks at the latch",
            "a flush succeeds after the hydrator's fdatasync has failed",
            (Change(QUEUE, "    return load_u32(queue.shared.latch) != 0\n", "    return False\n"),)),  # noqa: E501
+)
+
+# -- an image that changes under the daemon ----------------------------------------------------
+
+IMAGES = (
+    Mutant("a read of a changed image is served",
+           "read before the change or after: nobody can tell",
+           (Change(QUEUE, "    if image_lost(queue.shared):\n        # Read before",
+                   "    if False:\n        # Read before"),)),
+    Mutant("what was read of a changed image is stored",
+           "the base holds for good what the image never was",
+           (Change(HYDRATOR, "    elif image_lost(hydrator.shared):\n", "    elif False:\n"),)),
+    Mutant("what was not copied of a changed image is PRESENT",
+           "the base has nothing of it",
+           (Change(HYDRATOR, "        end_fetch(hydrator, index, -EIO, actions)\n",
+                   "        end_fetch(hydrator, index, 0, actions)\n"),)),
+    Mutant("who waits for a changed image waits for ever",
+           "a write to a part of a cold stripe is never answered",
+           (Change(HYDRATOR, "        wake(hydrator, stripe, -EIO, actions)\n", ""),)),
+    Mutant("a changed image fails whole-stripe writes",
+           "they need nothing of it",
+           (Change(QUEUE, WHOLE_STRIPE, """    elif image_lost(queue.shared):
+        complete(queue, tag, -EIO, actions)
+""" + WHOLE_STRIPE),)),
+    Mutant("a changed image fails reads of the base",
+           "they need nothing of it",
+           (Change(QUEUE, "    if stripe_state(queue.shared, request.stripe) >= PRESENT:\n"
+                   "        start_io(queue, tag, READING_BASE",
+                   "    if (stripe_state(queue.shared, request.stripe) >= PRESENT\n"
+                   "            and not image_lost(queue.shared)):\n"
+                   "        start_io(queue, tag, READING_BASE"),)),
 )
 
 # -- opening and closing -----------------------------------------------------------------------
@@ -393,7 +437,7 @@ HARMLESS = (
            survives=True),
 )
 
-MUTANTS = ROUNDS + STRIPES + REQUESTS + BASES + WORLDS + HARMLESS
+MUTANTS = ROUNDS + STRIPES + REQUESTS + IMAGES + BASES + WORLDS + HARMLESS
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ def _every(rows: tuple[str, ...]) -> dict[str, str]:
 STRIPE_STATES = ("ABSENT", "FETCHING", "OVERWRITING", "PRESENT", "DURABLE")
 REQUESTS = ("READ", "WRITE of a part", "WRITE of all", "durable WRITE of a part",
             "durable WRITE of all", "ZEROES in a part", "ZEROES in all", "DISCARD")
+LOST = ("READ", "write of a part", "write of all")
 PHASES = (
     "NEW", "FIRST_SYNC", "READ_HEAD", "READ_SLOTS", "SCAN", "READ_PAGES", "FIND_TABLE",
     "LATCH_TABLE", "BEFORE_WRITE", "ERASE", "ERASE_SYNC", "ZERO_TAIL", "ZERO", "ZERO_SYNC",
@@ -67,6 +68,7 @@ GRIDS = (
          ("all durable", "an fdatasync runs", "not all durable", "latched", "unsafe"),
          {"FLUSH": "*"}),
     Grid("the queue refuses", 46, ("request",), ("durable once latched",), {"request": "*"}),
+    Grid("a request comes once the image is lost", 460, LOST, STRIPE_STATES, _every(LOST)),
     Grid("a request waits", 48, (
         "IDLE", "READING_IMAGE", "READING_BASE", "WRITING", "AWAITING_STRIPE", "AWAITING_CLAIM",
         "OVERWRITE", "AWAITING_PRESENT", "AWAITING_ROUND", "AWAITING_SYNC", "DISCARDING",

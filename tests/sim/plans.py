@@ -30,6 +30,7 @@ class Feature(enum.IntFlag):
     WRITETHROUGH = 1 << 18
     UNSAFE = 1 << 19
     HYDRATION = 1 << 20
+    IMAGE_LOST = 1 << 21
 
 
 class Bug(enum.IntEnum):

@@ -7,11 +7,13 @@ from sim.builder import ENGINE_SOURCES
 from sim.hunt import judge
 from sim.mutants import MUTANTS, Mutant
 
-# Of each kind one: rounds, stripes, requests, opening, the world around; and what must survive.
+# Of each kind one: rounds, stripes, requests, the image, opening, the world around; and what must
+# survive.
 SOME = (
     "flush joins a round that has begun",
     "failed stripe write marked PRESENT",
-    "whole stripe misjudged at the image's end",
+    "multi-stripe discard touches the first stripe only",
+    "what was read of a changed image is stored",
     "older table accepted",
     "no fence: late header page",
     "lost doorbell never noticed",

@@ -94,6 +94,10 @@ cdef enum:
     # Refusals (columns: Refusal).
     AT_REFUSAL = 440               # 1 × 20
 
+    # A request arrives once the image is lost: READ, write of a part, of all (rows), the stripe's
+    # state (columns).
+    AT_LOST = 460                  # 3 × 5
+
 cdef void cover_queue(World* world, uint16_t queue, const Event* event) noexcept nogil
 cdef void cover_hydrator(World* world, const Event* event) noexcept nogil
 # Before each step of the lifecycle, and once it has ended.

@@ -34,6 +34,16 @@ cdef uint32_t request_row(const Event* event, bint durable) noexcept nogil:
     return WHOLE_ROW if whole else PART_ROW
 
 
+cdef void cover_lost(World* world, const Event* event) noexcept nogil:
+    cdef uint32_t row = 2 if event.length == STRIPE_BYTES else 1
+    if event.op == OP_FLUSH or event.op == OP_DISCARD:
+        return
+    if event.op == OP_READ:
+        row = 0
+    cover(world, AT_LOST + row * 5 + stripe_state(&world.engines.shared,
+                                                  <uint32_t>(event.offset // STRIPE_BYTES)))
+
+
 cdef void cover_request(World* world, uint16_t queue, const Event* event) noexcept nogil:
     cdef Shared* shared = &world.engines.shared
     cdef bint latched = shared.latch[0] != 0
@@ -62,6 +72,8 @@ cdef void cover_queue(World* world, uint16_t queue, const Event* event) noexcept
         return
     if event.kind == EVENT_REQUEST:
         cover_request(world, queue, event)
+        if world.image_changed:
+            cover_lost(world, event)
         return
     if event.kind == EVENT_DONE and event.token == world.geometry.depth:
         state = AWAITING_SYNC

@@ -122,7 +122,7 @@ cdef bint failed_for_error(World* world, uint64_t began) noexcept nogil:
     if world.engines.lifecycle.phase == PHASE_FAILED and (
             world.engines.lifecycle.refusal > REFUSE_IO):
         return False
-    if world.oracle.fault_clock < began:
+    if world.oracle.fault_clock < began and not world.image_changed:
         violate(world, REFUSED, world.engines.lifecycle.refusal, world.engines.lifecycle.phase,
                 <uint8_t>-world.engines.start_result, 0)
         return False

@@ -9,12 +9,12 @@ from ubi_sim._disk cimport disk_evict
 from ubi_sim._io cimport io_land
 from ubi_sim._machine cimport (
     machine_check_idle, machine_complete, machine_hydration, machine_hydrator_event,
-    machine_request, machine_take_mail,
+    machine_lose_image, machine_request, machine_take_mail,
 )
 from ubi_sim._model cimport (
     BUG_LOST_DOORBELL, CELLS, HANG, MAX_DEPTH, MAX_IMAGE_STRIPES, MAX_IO, MAX_QUEUES, OWNER_NOBODY,
-    WITH_HYDRATION, WITH_SYNC_FAULTS, WITH_WRITETHROUGH, WITH_ZEROING, GuestRequest, Mailbox, World,
-    below, boundary, halted, has, here, one_in, violate,
+    WITH_HYDRATION, WITH_IMAGE_LOST, WITH_SYNC_FAULTS, WITH_WRITETHROUGH, WITH_ZEROING,
+    GuestRequest, Mailbox, World, below, boundary, halted, has, here, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_may_write, oracle_sent
 from ubi_sim._trace cimport trace_number, trace_text
@@ -188,9 +188,20 @@ cdef bint send_some(World* world) noexcept nogil:
     return False
 
 
+cdef inline bint may_lose_image(World* world) noexcept nogil:
+    """As long as the daemon has it open."""
+    return (has(world, WITH_IMAGE_LOST) and not world.quiet and not world.image_changed
+            and not world.engines.hydrated)
+
+
 cdef bint rare_event(World* world) noexcept nogil:
     if one_in(world, 2):
         tick(world)
+        return True
+    if may_lose_image(world) and one_in(world, 3):
+        if world.trace != NULL:
+            trace_text(world, b"the image changes")
+        machine_lose_image(world)
         return True
     if has(world, WITH_HYDRATION) and not world.quiet and world.engines.live:
         if world.trace != NULL:
@@ -278,7 +289,7 @@ cdef void settle(World* world) noexcept nogil:
         return
     machine_check_idle(world)
     if (has(world, WITH_HYDRATION) and not world.engines.hydrated
-            and not here(world).table.latch):
+            and not here(world).table.latch and not world.image_changed):
         # Told to go on, without errors, with all the budget: it must have come to its end.
         violate(world, HANG, 2, 0, 0, 0)
 

@@ -18,10 +18,10 @@ from ubi_sim._disk cimport (
     disk_synced, disk_write,
 )
 from ubi_sim._model cimport (
-    BAD_ACTION, CELLS, CELL_BYTES, LOG_CHUNK, LOG_DATA, LOG_META, MAX_IO, MAX_QUEUES, MAX_RETRIES,
-    META_BYTES, OWNER_HYDRATOR, OWNER_LIFECYCLE, OWNER_NOBODY, STRIPE_BYTES, WHOLE, WITH_FAULTS,
-    WITH_SYNC_FAULTS, Faults, GuestRequest, Io, World, below, cell_count, has, hot_index,
-    image_value, next_random, one_in, violate,
+    BAD_ACTION, CELLS, CELL_BYTES, CHANGED_VALUE, LOG_CHUNK, LOG_DATA, LOG_META, MAX_IO, MAX_QUEUES,
+    MAX_RETRIES, META_BYTES, OWNER_HYDRATOR, OWNER_LIFECYCLE, OWNER_NOBODY, STRIPE_BYTES, WHOLE,
+    WITH_FAULTS, WITH_SYNC_FAULTS, Faults, GuestRequest, Io, World, below, cell_bits, cell_count,
+    has, hot_index, image_value, next_random, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_fault, oracle_sync_failed, written_value
 from ubi_sim._trace cimport trace_io, trace_io_end
@@ -169,8 +169,12 @@ cdef void read_data(World* world, Io* io, uint32_t* into) noexcept nogil:
     for i in range(action.length // CELL_BYTES):
         if not image:
             into[i] = world.disk.cache[cell + i]
+        elif i * CELL_BYTES >= action.minimum:
+            into[i] = 0
+        elif world.image_changed:
+            into[i] = CHANGED_VALUE | (cell + i)
         else:
-            into[i] = image_value(world, cell + i) if i * CELL_BYTES < action.minimum else 0
+            into[i] = image_value(world, cell + i)
 
 
 cdef void read_meta(World* world, const Action* action) noexcept nogil:
@@ -277,6 +281,14 @@ cdef int32_t end_write(World* world, Io* io, int32_t fault) noexcept nogil:
     return fault if fault < 0 else <int32_t>action.length
 
 
+cdef void end_discard(World* world, const Io* io, int32_t fault) noexcept nogil:
+    if not io.landed:
+        io_land_discard(world, &io.action)
+    if fault == 0 and io.owner < MAX_QUEUES:
+        world.guests[io.owner][io.action.tag].discarded |= cell_bits(
+            data_cell(world, io.action.offset - DATA_OFFSET), io.action.length // CELL_BYTES)
+
+
 cdef int32_t end_sync(World* world, Io* io, int32_t fault) noexcept nogil:
     cdef int file_ = io.owner
     if world.disk.error_pending[file_]:
@@ -303,8 +315,7 @@ cdef int32_t io_end(World* world, int index, int32_t fault) noexcept nogil:
     if io.action.kind == ACT_WRITE_BASE or io.action.kind == ACT_ZERO_BASE:
         result = end_write(world, io, fault)
     elif io.action.kind == ACT_DISCARD_BASE:
-        if not io.landed:
-            io_land_discard(world, &io.action)
+        end_discard(world, io, fault)
         result = fault
     elif io.action.kind == ACT_SYNC_BASE:
         result = end_sync(world, io, fault)
@@ -411,6 +422,11 @@ cdef bint io_attempt(World* world, int index, int32_t* result) noexcept nogil:
     if io.closed:
         io.busy = 0
         result[0] = -EBADF
+        return True
+    if io.action.kind == ACT_READ_IMAGE and world.image_changed and one_in(world, 3):
+        # What it was to read has been cut off.
+        io.busy = 0
+        result[0] = -EIO
         return True
     if io.owner != OWNER_NOBODY:
         fault = io_fault(world, io.action.kind)

@@ -20,6 +20,8 @@ cdef void machine_queue_event(World* world, uint16_t queue, const Event* event) 
 cdef void machine_hydrator_event(World* world, uint8_t kind) noexcept nogil
 # Background hydration begins, or pauses; it may copy so many stripes.
 cdef void machine_hydration(World* world, bint on, uint32_t stripes) noexcept nogil
+# The image is changed from now on, and the engines know.
+cdef void machine_lose_image(World* world) noexcept nogil
 # An I/O ends, well or not, and its owner is told; or it goes on.
 cdef void machine_complete(World* world, int index) noexcept nogil
 # Send world.guests[queue][tag] to its queue.

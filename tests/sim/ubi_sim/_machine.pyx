@@ -7,7 +7,7 @@ from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport (
     ACT_COMPLETE, ACT_HYDRATED, ACT_READ_IMAGE, ACT_SEND, ACT_STARTED, ACT_STOPPED, CACHE_UNSAFE,
     CACHE_WRITETHROUGH, EVENT_BUDGET, EVENT_DONE, EVENT_HYDRATE, EVENT_MESSAGE, EVENT_REQUEST,
-    MSG_WANT, NONE32, OP_FLUSH, PRESENT, STATE_MASK, Action, Actions, Event, Shared,
+    MSG_WANT, NONE32, OP_FLUSH, PRESENT, STATE_MASK, WANTED, Action, Actions, Event, Shared,
 )
 from ublk_ubi._hydrator cimport ROUND_IDLE, Hydrator, HydratorMemory, hydrator_init, hydrator_step
 from ublk_ubi._lifecycle cimport lifecycle_states
@@ -18,7 +18,7 @@ from ubi_sim._model cimport (
     BUCKETS, CELLS, CELL_BYTES, COUNTS, IMAGE_NEEDED, LEAK, MAX_ACTIONS, MAX_IO, MAX_MAIL,
     MAX_QUEUES, OWNER_HYDRATOR, OWNER_NOBODY, STALE_VALUE, STRIPE_BYTES, WITH_COPY_ON_READ,
     WITH_UNSAFE, WITH_WRITETHROUGH, Engines, GuestRequest, Io, Mail, Mailbox, World, boundary,
-    halted, has, here, one_in, violate,
+    cell_bits, halted, has, here, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_completed
 from ubi_sim._trace cimport trace_end, trace_request, trace_sent, trace_taken
@@ -34,6 +34,8 @@ cdef void machine_boot(World* world) noexcept nogil:
     memset(world.to_queue, 0, sizeof(world.to_queue))
     # Its open files are new ones: what failed before was told to somebody.
     memset(world.disk.error_pending, 0, sizeof(world.disk.error_pending))
+    # It would be refused with another image (_mistakes): it has the right one.
+    world.image_changed = 0
     for i in range(MAX_IO):
         if world.io[i].owner != OWNER_NOBODY:
             world.io[i].busy = 0
@@ -233,7 +235,23 @@ cdef void machine_complete(World* world, int index) noexcept nogil:
         machine_queue_event(world, owner, &event)
 
 
+cdef void machine_lose_image(World* world) noexcept nogil:
+    world.image_changed = 1
+    world.engines.shared.image_lost = 1
+
+
 # -- requests, mail ------------------------------------------------------------------------------
+
+cdef void note_base(World* world, GuestRequest* guest) noexcept nogil:
+    """What the base has as the request comes: what the table would tell the next daemon."""
+    cdef uint32_t stripe, cell
+    guest.on_base = 0
+    guest.discarded = 0
+    for cell in range(guest.first, <uint32_t>(guest.first + guest.count)):
+        stripe = world.geometry.hot[cell // CELLS]
+        if stripe >= world.geometry.image_stripes or here(world).table.rows[stripe]:
+            guest.on_base |= cell_bits(cell, 1)
+
 
 cdef void machine_request(World* world, uint16_t queue, uint16_t tag) noexcept nogil:
     cdef GuestRequest* guest = &world.guests[queue][tag]
@@ -250,6 +268,7 @@ cdef void machine_request(World* world, uint16_t queue, uint16_t tag) noexcept n
         event.offset = (<uint64_t>world.geometry.hot[guest.first // CELLS] * STRIPE_BYTES
                         + guest.first % CELLS * CELL_BYTES)
         event.length = guest.count * CELL_BYTES
+    note_base(world, guest)
     if world.trace != NULL:
         trace_request(world, queue, tag)
     machine_queue_event(world, queue, &event)
@@ -325,7 +344,8 @@ cdef void machine_check_idle(World* world) noexcept nogil:
             violate(world, LEAK, 4, i, engines.buckets[i].first, 0)
     if hydrator.joining.first != NONE32 or hydrator.joined.first != NONE32:
         violate(world, LEAK, 5, 0, 0, 0)
-    if hydrator.wanted.head != hydrator.wanted.tail or hydrator.demand.head != hydrator.demand.tail:
+    if hydrator.demand.head != hydrator.demand.tail or (
+            hydrator.wanted.head != hydrator.wanted.tail and not world.image_changed):
         violate(world, LEAK, 6, hydrator.wanted.tail - hydrator.wanted.head, 0, 0)
     for i in range(<uint32_t>world.geometry.hot_count):
         if world.geometry.hot[i] < world.geometry.image_stripes:
@@ -336,6 +356,9 @@ cdef void check_stripe_idle(World* world, uint32_t stripe) noexcept nogil:
     """ABSENT, or the base has it; and then, unless an fdatasync has failed, durably."""
     cdef uint8_t value = world.engines.state[stripe]
     cdef uint8_t state = value & STATE_MASK
+    if world.image_changed:
+        # Hints for what can no longer be copied lie where they are.
+        value &= <uint8_t>~WANTED
     if value != state or (state != 0 and state < PRESENT):
         violate(world, LEAK, 7, stripe, value, 0)
     elif state == PRESENT and not here(world).table.latch:

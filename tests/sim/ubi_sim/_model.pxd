@@ -5,6 +5,7 @@ that is written whole or not at all. Its content is a number that says where it 
 
     0                       zeros
     IMAGE_VALUE | cell      the image's
+    CHANGED_VALUE | cell    … once somebody has changed it under the daemon
     ADOPTED_VALUE | cell    what bdev_ubi had hydrated on a disk that is adopted
     STALE_VALUE | cell      what was on the base, or in a buffer, before
     else                    a guest's write: its serial number × 8 + the cell within the stripe
@@ -55,6 +56,7 @@ cdef enum:
     IMAGE_VALUE = 0x80000000
     STALE_VALUE = 0x40000000
     ADOPTED_VALUE = 0x20000000
+    CHANGED_VALUE = 0x10000000
     ADOPTED_BYTE = 0xa5            # byte 1 of every header of an adopted disk
 
 # What can be wrong with the world; `violation` holds the first.
@@ -72,6 +74,7 @@ cdef enum Violation:
     BAD_ACTION = 10                # an action outside image, base or buffers
     NOT_KEPT = 11                  # a refusal wrote; a byte that is not ours changed
     IMAGE_NEEDED = 12              # it was let go of, and the medium does not have all of it
+    SPACE_KEPT = 13                # a discard succeeded, and the base was not told of all of it
 
 # What happens in a world; its seed draws them, Plan.without takes them away.
 cdef enum Feature:
@@ -96,7 +99,8 @@ cdef enum Feature:
     WITH_WRITETHROUGH = 1 << 18
     WITH_UNSAFE = 1 << 19
     WITH_HYDRATION = 1 << 20       # in the background, on and off
-    ALL_FEATURES = (1 << 21) - 1
+    WITH_IMAGE_LOST = 1 << 21      # the image changes under a daemon; the next finds it as it was
+    ALL_FEATURES = (1 << 22) - 1
 
 cdef enum Crash:
     CRASH_PROCESS = 1
@@ -176,6 +180,8 @@ cdef struct Mailbox:
 
 cdef struct GuestRequest:
     uint64_t sent                  # oracle's clock
+    uint64_t on_base               # bit n: the base had hot cell n when the daemon was asked
+    uint64_t discarded             # … its discard, for this request, has ended well
     uint32_t serial
     uint16_t first                 # hot cell
     uint16_t count
@@ -303,6 +309,7 @@ cdef struct World:
     uint8_t boots
     uint8_t uuids                  # given out to new disks
     uint8_t served                 # a device has been live on this base
+    uint8_t image_changed          # under the daemon that runs, which is told at once
     uint8_t accepted               # the operator was told of a failed fdatasync, and goes on
     uint8_t bug                    # WorldBug
     uint8_t blind                  # the engines' own counts are not looked at
@@ -391,6 +398,11 @@ cdef inline bint is_hole(const World* world, uint32_t stripe) noexcept nogil:
 cdef inline uint32_t image_value(const World* world, uint32_t cell) noexcept nogil:
     """What the image holds; behind its end nobody asks."""
     return 0 if is_hole(world, world.geometry.hot[cell // CELLS]) else IMAGE_VALUE | cell
+
+
+cdef inline uint64_t cell_bits(uint32_t first, uint32_t count) noexcept nogil:
+    """Hot cells as bits."""
+    return (<uint64_t>-1 >> (HOT_CELLS - count)) << first
 
 
 cdef inline uint32_t cell_count(const World* world) noexcept nogil:

@@ -11,9 +11,12 @@
   had put there, or zeros behind the image.
 - WRITE_ZEROES is a write of zeros; after a DISCARD a cell holds what it held, or zeros. Both may be
   refused as unsupported, and then change nothing.
+- A DISCARD that succeeds was passed down for every cell that the base had when it was sent.
 - A request fails only if an error was injected after it was sent, or, if it asks for durability,
   once an fdatasync has failed. One that is sent after that never succeeds; one that was in flight
   may, if it is true.
+- Nobody ever sees what the image holds once it has changed. A request that needs it then may fail
+  with EIO: a read, or a write to a part, of a stripe that the base had not when it was sent.
 - Of writes to one cell that overlap in time any may turn out to be the last.
 """
 

@@ -1,6 +1,6 @@
 """The oracle; see _oracle.pxd."""
 
-from libc.errno cimport EOPNOTSUPP
+from libc.errno cimport EIO, EOPNOTSUPP
 from libc.stdint cimport int32_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memmove, memset
 
@@ -8,7 +8,7 @@ from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES
 from ubi_sim._model cimport (
     ADOPTED_VALUE, CELLS, CELL_BYTES, HOT_CELLS, LATCH_BROKEN, MAX_CANDIDATES, MAX_DEPTH,
-    MAX_HISTORY, MAX_OVERLAP, MAX_QUEUES, WITH_ADOPTION, WITH_OVERLAPS, WITH_UNSAFE,
+    MAX_HISTORY, MAX_OVERLAP, MAX_QUEUES, SPACE_KEPT, WITH_ADOPTION, WITH_OVERLAPS, WITH_UNSAFE,
     WITH_WRITETHROUGH, WRONG_DATA, WRONG_ERROR, CellHistory, GuestRequest, Oracle, Version, World,
     cell_count, has, image_value, violate,
 )
@@ -300,12 +300,24 @@ cdef void end_write(World* world, GuestRequest* guest, int32_t result) noexcept 
         note_ended(history, value)
 
 
+cdef bint needs_image(const GuestRequest* guest) noexcept nogil:
+    """It reads, or writes a part of, what the base had not when it came."""
+    if guest.op == OP_FLUSH or guest.op == OP_DISCARD or guest.on_base:
+        return False
+    return guest.op == OP_READ or guest.count < CELLS
+
+
 cdef void check_result(World* world, const GuestRequest* guest, int32_t result) noexcept nogil:
     cdef Oracle* oracle = &world.oracle
     cdef bint durable = guest.op == OP_FLUSH or is_durable(world, guest)
     if result >= 0:
         if oracle.sync_failed and durable and guest.sent > oracle.sync_failed:
             violate(world, LATCH_BROKEN, guest.op, guest.first, guest.count, 0)
+        if guest.op == OP_DISCARD and guest.on_base & ~guest.discarded:
+            violate(world, SPACE_KEPT, guest.first, guest.count, <uint32_t>guest.discarded,
+                    <uint32_t>(guest.discarded >> 32))
+        return
+    if world.image_changed and result == -EIO and needs_image(guest):
         return
     if result == -EOPNOTSUPP and (guest.op == OP_DISCARD or guest.op == OP_WRITE_ZEROES):
         return

@@ -15,6 +15,7 @@ VIOLATIONS = (
     "fine", "wrong data", "error without a fault", "flush succeeded after a failed fdatasync",
     "hang", "leak", "base refused", "base not refused", "counts differ", "not started",
     "action out of bounds", "not kept", "image still needed",
+    "space not given back",
 )
 
 
