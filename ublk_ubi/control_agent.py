@@ -38,12 +38,12 @@ ADDR_OFFSET = 8
 """Where `addr` lies in struct ublksrv_ctrl_cmd: the agent alone knows the buffer's address."""
 
 _STDIN = 0
-_IGNORED_SIGNALS = (1, 2, 15)
+_IGNORED_SIGNALS = (1, 2, 15, 30)  # SIGHUP, SIGINT, SIGTERM, SIGPWR
 _SIG_IGN = 1
 
 
 def ignore_signals() -> None:
-    """Outlive HUP, INT and TERM: whoever ends our parent means the parent, which still needs us.
+    """Outlive HUP, INT, TERM, PWR: whoever ends our parent means the parent, which still needs us.
 
     The parent's own end is seen on standard input. By libc, as `import signal` costs 2 ms (enum).
     """

@@ -31,11 +31,13 @@ import msgspec
 from ublk_ubi import runtime
 from ublk_ubi.control import Control
 from ublk_ubi.errors import Exit, UbiError
+from ublk_ubi.notify import Manager
 from ublk_ubi.options import MAX_RATE, MIN_RATE, DeviceOptions
 from ublk_ubi.rpc_server import Deferred, NoParams, Server
 from ublk_ubi.session import Session
-from ublk_ubi.session_status import describe
+from ublk_ubi.session_status import describe, summary
 from ublk_ubi.signals import ENDING
+from ublk_ubi.systemd import own_unit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +47,11 @@ LINGER_S = 2.0
 SECOND_SIGNAL_S = 5.0
 STAND_BY_S = 60.0
 STAND_BY_POLL_S = 0.02
+PATIENCE_S = 90.0
+"""How long a disk's users may take to end when the host goes down; units allow 120 s in all."""
+
+USERS_PERIOD_S = 0.5
+UPGRADER_END_S = 5.0
 
 
 class StopParams(msgspec.Struct, forbid_unknown_fields=True):
@@ -86,7 +93,7 @@ def log(message: str) -> None:
 class Daemon:
     """Serves one live device until it is stopped."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, manager: Manager) -> None:
         self._session = session
         self._selector = selectors.DefaultSelector()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -99,6 +106,9 @@ class Daemon:
         self.left = False
         self.upgrader: int | None = None
         self._signalled_at = float("-inf")
+        self._manager = manager
+        self._patient_until: float | None = None
+        self._look_for_users_at = 0.0
         self._server = Server(
             session.claim.socket,
             {
@@ -119,9 +129,11 @@ class Daemon:
     def serve(self) -> int:
         """Run until the device is gone; returns the exit code of the process."""
         while True:
-            for key, mask in self._selector.select(self._server.tick()):
+            for key, mask in self._selector.select(self._wait_s()):
                 key.data(mask)
             self._answer_resize()
+            self._manager.look(lambda: summary(self._session, self._state))
+            self._look_for_users()
             if self._outcome is not None:
                 problem, gone = self._outcome
                 self._outcome = None
@@ -131,6 +143,13 @@ class Daemon:
                     self._server.close(linger_s=LINGER_S)
                     return int(problem.code) if problem else 0
                 self._state = "live"
+
+    def _wait_s(self) -> float | None:
+        """Give the seconds until something is due by itself."""
+        due = self._manager.wait_s(self._server.tick())
+        if self._patient_until is None:
+            return due
+        return USERS_PERIOD_S if due is None else min(due, USERS_PERIOD_S)
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -231,6 +250,7 @@ class Daemon:
         gone = False
         try:
             self._session.stop_disk(force=force)
+            self._manager.stopping("the disk is gone: committing")
             problem = self._session.finish()
             gone = True
         except UbiError as error:
@@ -268,18 +288,48 @@ class Daemon:
     def _on_signal(self, _mask: int) -> None:
         """Stop. A disk in use is left to the next daemon, if it can be.
 
-        If it cannot, stopping is refused, but when a second signal comes soon after.
+        If it cannot, stopping is refused, but when a second signal comes soon after. When the host
+        goes down (SIGPWR), its users are waited for first, and other signals say nothing new.
         """
-        os.read(self._signals_fd, 64)
+        if signal.SIGPWR in os.read(self._signals_fd, 64) and self._patient_until is None:
+            self._patient_until = time.monotonic() + PATIENCE_S
+            self._manager.stopping("the host goes down: waiting until nobody uses the disk")
+        if self._patient_until is not None:
+            self._look_for_users()
+            return
         if self._session.device.recoverable and self._session.in_use():
-            log("asked to end by a signal: leaving the disk, which is in use, to the next daemon")
-            self._leave()
+            self._leave_to_the_next()
             return
         now = time.monotonic()
         force = now - self._signalled_at < SECOND_SIGNAL_S
         self._signalled_at = now
         log("asked to end by a signal" + (" again: taking the disk away" if force else ""))
         self._stop(force=force)
+
+    def _look_for_users(self) -> None:
+        """Stop as soon as nobody uses the disk any more, on a host that goes down."""
+        now = time.monotonic()
+        if self._patient_until is None or self._worker is not None or now < self._look_for_users_at:
+            return
+        self._look_for_users_at = now + USERS_PERIOD_S
+        if not self._session.in_use():
+            log("the host goes down, and nobody uses the disk: stopping")
+            self._stop(force=False)
+        elif now > self._patient_until:
+            log(f"the host goes down, and the disk is in use after {PATIENCE_S:g} s")
+            if self._session.device.recoverable:
+                self._leave_to_the_next()
+            else:
+                self._stop(force=True)
+
+    def _leave_to_the_next(self) -> None:
+        """Leave a disk that is in use, and say how it goes on."""
+        name, unit = self._session.claim.name, own_unit()
+        start = f"`systemctl start {unit}`" if unit is not None else f"`ublk-ubi recover {name}`"
+        log(f"asked to end by a signal: leaving the disk, which is in use, to the next daemon; its "
+            f"requests wait for {start}; `ublk-ubi del --force {name}` fails them")
+        self._manager.stopping(f"left, in use: its requests wait for {start}")
+        self._leave()
 
     def _catch_signals(self) -> int:
         """Signals become bytes in a pipe that the loop reads."""
@@ -321,7 +371,23 @@ def stand_by(name: str, upgrader: int, resume: threading.Event) -> bool:
     return True
 
 
-def serve_to_the_end(session: Session, daemon: Daemon) -> int:
+def hand_over(name: str, upgrader: int, manager: Manager) -> None:
+    """Tell the service manager which process serves the disk now.
+
+    Not before the upgrader has ended: only then the new daemon is a child of the manager's.
+    """
+    if not manager.listens:
+        return
+    with contextlib.suppress(OSError):
+        upgrader_fd = os.pidfd_open(upgrader)
+        select.select([upgrader_fd], [], [], UPGRADER_END_S)
+        os.close(upgrader_fd)
+    for device in runtime.all_devices():
+        if device.name == name and device.alive and device.pid is not None:
+            manager.tell(f"MAINPID={device.pid}")
+
+
+def serve_to_the_end(session: Session, daemon: Daemon, manager: Manager) -> int:
     """Serve; after leaving for an upgrade that came to nothing, serve on."""
     resume = threading.Event()
     signal.signal(signal.SIGUSR1, lambda *_: resume.set())
@@ -332,11 +398,12 @@ def serve_to_the_end(session: Session, daemon: Daemon) -> int:
             return code
         name = session.claim.name
         if stand_by(name, daemon.upgrader, resume):
+            hand_over(name, daemon.upgrader, manager)
             return code
         log("no other daemon has come up: going on")
         session = Session(msgspec.structs.replace(session.options, name=name), notice=log)
         session.start(recover=True)
-        daemon = Daemon(session)
+        daemon = Daemon(session, manager)
         log(f"{name} is live again: {session.info.disk_path}")
 
 
@@ -355,7 +422,8 @@ def run(
 
     Raises UbiError when it cannot be brought up; then nothing of it is left.
     """
-    session = Session(options, notice=log, control=control)
+    manager = Manager.of_this_process()
+    session = Session(options, notice=manager.hears(log), control=control)
     late: list[int] = []
 
     def terminate(number: int, _frame: FrameType | None) -> None:
@@ -369,11 +437,12 @@ def run(
     for number in ENDING:
         signal.signal(number, terminate)
     try:
-        session.start(recover=recover)
+        with manager.patience():
+            session.start(recover=recover)
     except Terminated as error:
         raise UbiError(f"ended by {error} before the device was live", Exit.FAILED) from None
     try:
-        daemon = Daemon(session)
+        daemon = Daemon(session, manager)
         session.release_image()
         if log_fd is not None:
             session.claim.adopt_log(log_fd)
@@ -395,7 +464,9 @@ def run(
         raise
     for signal_number in late:
         signal.raise_signal(signal_number)
-    return serve_to_the_end(session, daemon)
+    if manager.listens:
+        manager.ready(summary(session, "live"))
+    return serve_to_the_end(session, daemon, manager)
 
 
 def main(argv: list[str] | None = None) -> int:

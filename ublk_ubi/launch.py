@@ -7,6 +7,7 @@ and says how it went in one line of JSON on a pipe (`--ready-fd`):
     {"ok":false,"error":"…","exit":N}
 
 No line and the end of the pipe: it died. Its output goes to a log that it keeps once it has a name.
+Where systemd is in charge it gets a unit of its own, which nobody's end takes along.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import msgspec
 
 from ublk_ubi import runtime
 from ublk_ubi.errors import Exit, UbiError
+from ublk_ubi.notify import VARIABLE as NOTIFY_SOCKET
+from ublk_ubi.systemd import own_unit, scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -129,7 +132,7 @@ def _spawn(
         os.lseek(options_fd, 0, os.SEEK_SET)
         descriptors = ["--options-fd", str(options_fd), "--ready-fd", str(ready_fd)]
         return subprocess.Popen(
-            [*daemon_command(), *descriptors, *arguments],
+            [*scope(options.name or "disk", options), *daemon_command(), *descriptors, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log_fd,
             stderr=log_fd,
@@ -148,6 +151,8 @@ def _spawn(
 def environment() -> dict[str, str]:
     """Let a process that we start find this very package, also when it runs from a checkout."""
     environment = dict(os.environ)
+    if own_unit() is None:
+        environment.pop(NOTIFY_SOCKET, None)  # of whoever we were started by, who waits for others
     parent = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if parent not in (*site.getsitepackages(), site.getusersitepackages()):
         known = environment.get("PYTHONPATH")

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 
-from ublk_ubi import runtime
+from ublk_ubi import runtime, udev
 from ublk_ubi.errors import Exit, UbiError
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -62,7 +62,11 @@ def publish_link(name: str, dev_id: int) -> str:
 
 
 def remove_link(name: str, dev_id: int) -> bool:
-    """Remove /dev/ublk-ubi/NAME if it is the link to this id; returns whether it was."""
+    """Remove /dev/ublk-ubi/NAME if it is the link to this id; returns whether it was.
+
+    And what udev was told of the disk, which is gone.
+    """
+    udev.withdraw(name, dev_id)
     try:
         folder_fd = os.open(os.path.join(device_root(), "ublk-ubi"), _FOLDER)
     except OSError:

@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ublk_ubi import rpc, runtime
+from ublk_ubi import rpc, runtime, systemd
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.launch import start_daemon
+from ublk_ubi.launch import Ready, start_daemon
 from ublk_ubi.options import DeviceOptions
 from ublk_ubi.table import VERSION as TABLE_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ublk_ubi.launch import Ready
     from ublk_ubi.runtime import Device
 
 LEAVE_TIMEOUT_S = 30.0
@@ -73,7 +72,29 @@ def recover(
         )
     options = options_of(device)
     runtime.clear_trouble(device)
+    if systemd.is_restarted(device):
+        systemd.start(device)
+        return _as_ready(device)
     return start_daemon(options, notice, recover=True, interrupt_fd=interrupt_fd)
+
+
+def waiting(name: str, base: str) -> DeviceOptions | None:
+    """Return what the disk was made of that waits under this name for a daemon; None: none does.
+
+    Raises UbiError when it is a disk on another base.
+    """
+    for device in runtime.all_devices():
+        state = device.state
+        if device.name != name or device.alive or state is None or not state.recoverable:
+            continue
+        if state.base != os.path.realpath(base):
+            raise UbiError(
+                f"{name}: a disk on {state.base} waits under this name, not one on {base}: end it "
+                f"with `ublk-ubi del {name}`",
+                Exit.BUSY,
+            )
+        return options_of(device)
+    return None
 
 
 def upgrade(
@@ -81,8 +102,10 @@ def upgrade(
     notice: Callable[[str], None] | None = None,
     *,
     interrupt_fd: int | None = None,
-) -> tuple[Ready, float]:
+) -> tuple[Ready, float | None]:
     """Move a disk to a daemon of this version; also how long its requests waited, in seconds.
+
+    None when its unit did that: systemd does not say.
 
     Raises UbiError: before anything is touched when this version cannot go on where that one is,
     or when the new daemon did not come up, and what became of the old one.
@@ -91,6 +114,10 @@ def upgrade(
         raise UbiError(f"{device.name}: its daemon died: bring it back with `ublk-ubi recover "
                        f"{device.name}`")
     _check_versions(device)
+    assert device.state is not None
+    if systemd.is_restarted(device) and systemd.own_unit() != device.state.unit:
+        systemd.reload(device)
+        return _as_ready(device), None
     left_at = 0.0
 
     def leave() -> None:
@@ -107,6 +134,16 @@ def upgrade(
             raise
         raise _fall_back(device, error) from None
     return ready, time.monotonic() - left_at
+
+
+def _as_ready(device: Device) -> Ready:
+    """Describe a disk whose daemon systemd has started."""
+    now = systemd.refresh(device)
+    assert now.state is not None
+    return Ready(
+        ok=True, name=now.name, device=now.state.device or "", link=now.state.link or "",
+        pid=now.pid or 0, size=now.state.size or 0,
+    )
 
 
 def _check_versions(device: Device) -> None:

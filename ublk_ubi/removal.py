@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from ublk_ubi import links, rpc, runtime
+from ublk_ubi import links, rpc, runtime, systemd
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.fence import is_locked
 from ublk_ubi.files import identity_of
@@ -57,6 +57,9 @@ def remove_device(device: Device, *, force: bool, timeout_s: float) -> None:
         _stop(device, force=force, timeout_s=timeout_s)
     left = runtime.refresh(device)
     if left is not None and not left.alive:
+        if not force:
+            refuse_if_used(left)
+        systemd.forget(left)
         clear_dead(left, force=force, timeout_s=timeout_s)
 
 
@@ -173,6 +176,7 @@ def _kill(device: Device) -> None:
         now = runtime.refresh(device)
         if now is None or not now.alive or now.pid != device.pid:
             return
+        systemd.forbid_restart(device)
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     except ProcessLookupError:
         pass

@@ -57,6 +57,7 @@ class State(msgspec.Struct, kw_only=True, omit_defaults=True):
     id: int | None = None
     recoverable: bool = False  # the disk stays when its daemon dies, and waits for the next
     left: bool = False  # … and it has left on purpose: nobody is to bring it back unasked
+    unit: str | None = None  # systemd's service that starts its daemon again, if it is of one
     cookie: int | None = None  # ADD_DEV's server_flags, random: proves that a device `id` is ours
     device: str | None = None
     link: str | None = None

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ublk_ubi import links, new_base, runtime, zeroing
+from ublk_ubi import links, new_base, runtime, udev, zeroing
 from ublk_ubi._device import DataPlane
 from ublk_ubi._opener import Opener, Refused
 from ublk_ubi.base import Base, open_base
@@ -42,6 +42,7 @@ from ublk_ubi.options import MAX_STRIPE_SIZE, METADATA_SIZE
 from ublk_ubi.refusals import explain, not_yet_forced
 from ublk_ubi.removal import delete_kernel_device, find_kernel_device, user_of
 from ublk_ubi.signals import signals_wait
+from ublk_ubi.systemd import own_unit
 from ublk_ubi.table import TableHost, boot_id
 from ublk_ubi.upkeep import Upkeep
 
@@ -319,12 +320,13 @@ class Session(TableHost):
 
     def _go_live(self) -> None:
         self._was_seen = True
+        udev.announce(self.claim.name, self.info.id, self.options)
+        if not self.device.recovered:
+            self._undo.callback(links.remove_link, self.claim.name, self.info.id)
         self.device.start()
         if not self.device.recovered:
             self._undo.callback(self.device.stop_quietly)
         self.link = links.publish_link(self.claim.name, self.info.id)
-        if not self.device.recovered:
-            self._undo.callback(links.remove_link, self.claim.name, self.info.id)
         self.claim.write_state(self._state(live=True))
 
     def _state(self, *, live: bool = False, known: bool = True) -> runtime.State:
@@ -343,6 +345,7 @@ class Session(TableHost):
             base_identity=self.base.identity,
             cookie=self.device.cookie,
             recoverable=self.device.recoverable,
+            unit=own_unit(),
         )
 
     @property

@@ -8,10 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 from ublk_ubi.files import uuid_text
 from ublk_ubi.memory import private_bytes
+from ublk_ubi.sizes import human_size
 from ublk_ubi.table import VERSION as TABLE_VERSION
 
 if TYPE_CHECKING:
     from ublk_ubi.session import Session
+
+
+def summary(session: Session, state: str) -> str:
+    """Say in a line what `status` says at length, for the service manager."""
+    stripes = session.plane.stripes()
+    total, there = stripes["total"], stripes["hydrated"]
+    if session.independent:
+        share = "independent of its image"
+    else:
+        share = f"{there} of {total} stripes hydrated"
+    degraded = session.degraded()
+    word = state if degraded is None else f"degraded: {degraded};"
+    return f"{word} {session.link} → {session.info.disk_path}, {human_size(session.size)}, {share}"
 
 
 def describe(session: Session, state: str) -> dict[str, Any]:

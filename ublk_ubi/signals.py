@@ -1,4 +1,8 @@
-"""The signals that end a daemon, kept off where they must not interrupt."""
+"""The signals that end a daemon, kept off where they must not interrupt.
+
+SIGPWR is sent when the whole host goes down: who uses the disk is about to end as well, and is
+waited for.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPWR)
 
 
 @contextlib.contextmanager

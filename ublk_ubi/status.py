@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from ublk_ubi import rpc
+from ublk_ubi import rpc, systemd
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.hydration import State  # noqa: TC001 - msgspec looks at it
 
@@ -166,6 +166,8 @@ def _how_it_ended(device: Device) -> str:
     who = f"its daemon (process {device.pid})" if device.pid else "its daemon"
     if device.state is None or not device.state.recoverable:
         return f"{who} died"
+    if systemd.is_restarted(device):
+        return systemd.how_it_ended(device)
     how = "left" if device.state.left else "died"
     return f"{who} {how}; its requests wait: `ublk-ubi recover {device.name}`"
 

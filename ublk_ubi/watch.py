@@ -4,7 +4,8 @@
 A daemon that dies `MOST_DEATHS` times within `WINDOW_S` seconds is not started again: its disk's
 requests wait, `status` says why, and `recover` or `del --force` by an operator ends that.
 
-A daemon that left on purpose (SIGTERM, an upgrade) is not its business.
+A daemon that left on purpose (SIGTERM, an upgrade) is not its business, nor one of systemd's units,
+which systemd starts again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from ublk_ubi import runtime
 from ublk_ubi.launch import environment, let_go
+from ublk_ubi.systemd import scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,6 +56,7 @@ def start_in_background(name: str) -> None:
     """
     if not any(
         device.name == name and device.state is not None and device.state.recoverable
+        and device.state.unit is None
         for device in runtime.all_devices()
     ):
         return
@@ -67,7 +70,7 @@ def start_in_background(name: str) -> None:
     )
     try:
         let_go(subprocess.Popen(
-            [sys.executable, "-P", "-m", "ublk_ubi.watch"],
+            [*scope("watch"), sys.executable, "-P", "-m", "ublk_ubi.watch"],
             stdin=subprocess.DEVNULL, stdout=log_fd, stderr=log_fd, cwd="/", env=environment(),
             start_new_session=True,
         ))
@@ -101,6 +104,7 @@ class Watch:
         devices = [
             device for device in runtime.all_devices()
             if device.state is not None and device.state.recoverable
+            and device.state.unit is None  # systemd's own business
         ]
         names = {device.name for device in devices}
         for name in [name for name in self._processes if name not in names]:

@@ -55,7 +55,7 @@ class FakeDaemon:
     seen: list[int]
     left = False
 
-    def __init__(self, _session: FakeSession) -> None:
+    def __init__(self, _session: FakeSession, _manager: object) -> None:
         FakeDaemon.seen = []
         for number in daemon.ENDING:
             signal.signal(number, lambda number, _frame: FakeDaemon.seen.append(number))

@@ -40,9 +40,11 @@ def command(*, target: str | None, everything: bool, as_json: bool) -> int:
         except UbiError as error:
             errors.append(error)
             continue
-        done.append({"name": ready.name, "pid": ready.pid, "pause_s": round(pause_s, 3)})
+        rounded = round(pause_s, 3) if pause_s is not None else None
+        done.append({"name": ready.name, "pid": ready.pid, "pause_s": rounded})
         if not as_json:
-            say(f"{ready.name} upgraded: process {ready.pid}, requests waited {pause_s:.2f} s")
+            how = f"requests waited {pause_s:.2f} s" if pause_s is not None else "by its unit"
+            say(f"{ready.name} upgraded: process {ready.pid}, {how}")
     if as_json:
         print_json({"schema": 1, "upgraded": done})
     for other in errors[1:]:

@@ -60,6 +60,7 @@ def inventory() -> set[str]:
     """Everything of the kinds that tests make: to be the same before and after one."""
     things = {f"/dev/{entry}" for entry in os.listdir("/dev") if entry.startswith("ublk")}
     things |= _entries("/dev/ublk-ubi") | _entries("/dev/mapper") | _entries("/run/ublk-ubi")
+    things |= _entries("/run/ublk-ubi/.udev")
     things |= _entries("/run/ublk-ubi/.tables") | _entries("/sys/kernel/config/nullb")
     attached = Path("/sys/block").glob("loop*/loop/backing_file")
     things |= {f"/dev/{path.parents[1].name}" for path in attached}
@@ -67,8 +68,9 @@ def inventory() -> set[str]:
     things |= _disks()
     things |= _processes()
     return things - {
-        "/dev/ublk-ubi", "/run/ublk-ubi/.tables", "/run/ublk-ubi/.watch.lock",
-        "/run/ublk-ubi/.watch.log", "/sys/kernel/config/nullb/features",
+        "/dev/ublk-ubi", "/run/ublk-ubi/.tables", "/run/ublk-ubi/.udev",
+        "/run/ublk-ubi/.watch.lock", "/run/ublk-ubi/.watch.log",
+        "/sys/kernel/config/nullb/features",
     }
 
 
