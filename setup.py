@@ -97,7 +97,7 @@ except ImportError:
 setup(
     options={"build": {"build_base": "build/testing"}} if TESTING else {},
     packages=["ublk_ubi", "ublk_ubi.cli"],
-    package_data={"ublk_ubi": ["py.typed", "*.pyi"]},
+    package_data={"ublk_ubi": ["py.typed", "*.pyi", "host/*"]},
     exclude_package_data={"ublk_ubi": [f"{TESTING_PREFIX}*"]},
     ext_modules=cythonize(
         extensions(),

@@ -37,9 +37,9 @@ COMMANDS = tuple(cli.COMMANDS)
 # help and usage ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "systemd install", "systemd uninstall"])
 def test_help_has_examples_that_parse(command: str) -> None:
-    found = run(*([command] if command else []), "--help")
+    found = run(*command.split(), "--help")
     assert (found.code, found.err) == (0, "")
     _, _, examples = found.out.partition("\nExamples:\n")
     lines = [line.strip() for line in examples.splitlines()]
@@ -61,8 +61,9 @@ def test_list_of_commands_is_that_of_the_modules() -> None:
         command = cli.cli.get_command(context, name)
         assert command is not None
         assert command.help
-        options = {option for param in command.params for option in param.opts}
-        assert "--json" in options or name in ("completion", "watch")
+        for one in getattr(command, "commands", {name: command}).values():
+            options = {option for param in one.params for option in param.opts}
+            assert "--json" in options or name in ("completion", "watch")
     assert cli.cli.get_command(context, "__init__") is None
 
 
