@@ -33,6 +33,7 @@ from ublk_ubi.control import Control
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.notify import Manager
 from ublk_ubi.options import MAX_RATE, MIN_RATE, DeviceOptions
+from ublk_ubi.removal import is_used
 from ublk_ubi.rpc_server import Deferred, NoParams, Server
 from ublk_ubi.session import Session
 from ublk_ubi.session_status import describe, summary
@@ -51,6 +52,9 @@ PATIENCE_S = 90.0
 """How long a disk's users may take to end when the host goes down; units allow 120 s in all."""
 
 USERS_PERIOD_S = 0.5
+USERS_PATIENCE_S = 0.3
+"""How long one may have the disk open who does not use it, but looks at it."""
+
 UPGRADER_END_S = 5.0
 
 
@@ -297,7 +301,7 @@ class Daemon:
         if self._patient_until is not None:
             self._look_for_users()
             return
-        if self._session.device.recoverable and self._session.in_use():
+        if self._session.device.recoverable and self._is_used():
             self._leave_to_the_next()
             return
         now = time.monotonic()
@@ -312,7 +316,7 @@ class Daemon:
         if self._patient_until is None or self._worker is not None or now < self._look_for_users_at:
             return
         self._look_for_users_at = now + USERS_PERIOD_S
-        if not self._session.in_use():
+        if not self._is_used():
             log("the host goes down, and nobody uses the disk: stopping")
             self._stop(force=False)
         elif now > self._patient_until:
@@ -321,6 +325,9 @@ class Daemon:
                 self._leave_to_the_next()
             else:
                 self._stop(force=True)
+
+    def _is_used(self) -> bool:
+        return is_used(self._session.info.disk_path, USERS_PATIENCE_S)
 
     def _leave_to_the_next(self) -> None:
         """Leave a disk that is in use, and say how it goes on."""

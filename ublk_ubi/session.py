@@ -462,10 +462,6 @@ class Session(TableHost):
             self.stop_disk(force=True)
             self.finish()
 
-    def in_use(self) -> bool:
-        """Whether somebody has the disk open or mounted."""
-        return user_of(self.info.disk_path) is not None
-
     def keep_hydration(self) -> None:
         """Have the next daemon hydrate as this one is told to."""
         self.options = msgspec.structs.replace(
