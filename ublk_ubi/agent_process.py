@@ -43,6 +43,10 @@ def default_command(control_path: str = CONTROL_PATH) -> list[str]:
     return [sys.executable, "-I", "-S", "-B", "-c", _BOOT, _PACKAGE_PARENT, control_path]
 
 
+class AgentDiedError(UbiError):
+    """The agent ended before it answered: what became of its command, nobody knows."""
+
+
 class AgentProcess:
     """One agent; used by one thread at a time."""
 
@@ -77,7 +81,8 @@ class AgentProcess:
 
         `deadline` is a value of time.monotonic(). After any exception the agent is of no further
         use and must be abandoned. Raises TimeoutError at the deadline; AgentGoneError when the
-        command did not reach the agent; UbiError when the agent says that it cannot work, or ends.
+        command did not reach the agent; AgentDiedError when it ends; UbiError when the agent says
+        that it cannot work.
         """
         if len(buffer) > control_agent.MAX_BUFFER:
             raise ValueError(len(buffer))
@@ -110,7 +115,8 @@ class AgentProcess:
             packet = b""
         if len(packet) < control_agent.REPLY.size:
             doing = "in a command" if self._ready else "before it was ready"
-            raise UbiError(f"the ublk control helper ended {doing}{self._exit_status()}")
+            message = f"the ublk control helper ended {doing}{self._exit_status()}"
+            raise AgentDiedError(message)
         kind, value = control_agent.REPLY.unpack_from(packet)
         data = packet[control_agent.REPLY.size:]
         if kind == control_agent.FAILED:

@@ -9,6 +9,7 @@ next. Facts: drivers/block/ublk_drv.c, Documentation/block/ublk.rst.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -19,7 +20,13 @@ from typing import TYPE_CHECKING, Self
 
 from ublk_ubi import abi
 from ublk_ubi.abi import Command, DevState, Feature
-from ublk_ubi.agent_process import CONTROL_PATH, AgentGoneError, AgentProcess, default_command
+from ublk_ubi.agent_process import (
+    CONTROL_PATH,
+    AgentDiedError,
+    AgentGoneError,
+    AgentProcess,
+    default_command,
+)
 from ublk_ubi.device_params import AddParams, DeviceParams, DevInfo, DevNumbers, dev_numbers
 from ublk_ubi.errors import Exit, UbiError
 
@@ -88,6 +95,10 @@ _LATE_HINTS = {
     Command.START_DEV: "its server has not fetched every tag, or " + _KERNEL_HOLDS,
     Command.END_USER_RECOVERY: "its server has not fetched every tag, or " + _KERNEL_HOLDS,
 }
+
+# What cannot be given again without a look at what became of it.
+_ONCE = {Command.ADD_DEV, Command.START_DEV, Command.END_USER_RECOVERY}
+_REMOVING = {Command.STOP_DEV, Command.TRY_STOP_DEV, Command.DEL_DEV, Command.DEL_DEV_ASYNC}
 
 
 class Control:
@@ -206,6 +217,17 @@ class Control:
             self._call(Command.GET_DEV_INFO, device_id, bytes(size), timeout_s),
         )
 
+    def find_dev(self, server_flags: int) -> int | None:
+        """Return the id of the device that was made with these `server_flags`, if there is one."""
+        for entry in os.listdir("/dev"):
+            number = entry.removeprefix("ublkc")
+            if number == entry or not number.isdigit():
+                continue
+            with contextlib.suppress(ControlError):
+                if self.get_dev_info(int(number)).server_flags == server_flags:
+                    return int(number)
+        return None
+
     def get_params(self, device_id: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> DeviceParams:
         """Return the disk's parameters as the driver has them."""
         return DeviceParams.unpack(self._get_params(device_id, timeout_s))
@@ -283,7 +305,10 @@ class Control:
         *,
         data: int = 0,
     ) -> bytes:
-        """Run one command to its end or the limit; gives the buffer as the kernel left it."""
+        """Run one command to its end or the limit; gives the buffer as the kernel left it.
+
+        An agent that is killed amid a command that can be given twice costs nothing.
+        """
         header = abi.CtrlCmd(
             dev_id=abi.ANY_ID if device_id is None else device_id,
             queue_id=abi.NO_QUEUE,
@@ -291,6 +316,7 @@ class Control:
         )
         header.data[0] = data
         deadline = time.monotonic() + timeout_s
+        lost = False
         while True:
             agent = self._take()
             try:
@@ -302,10 +328,18 @@ class Control:
                 # It was killed while idle. The command never left: the next agent may have it.
                 agent.abandon()
                 continue
+            except AgentDiedError:
+                agent.abandon()
+                if lost or command in _ONCE:
+                    raise
+                lost = True
+                continue
             except BaseException:
                 agent.abandon()
                 raise
             self._give_back(agent)
+            if lost and result == -errno.ENODEV and command in _REMOVING:
+                return answer  # it had been done
             if result < 0:
                 raise _error(command, device_id, -result)
             return answer

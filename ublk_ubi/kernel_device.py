@@ -78,7 +78,17 @@ class KernelDevice:
     # ---- making -----------------------------------------------------------------------------
 
     def make(self, stripe_bytes: int) -> None:
-        """ADD_DEV, on the data path that is wanted and granted. Raises UbiError."""
+        """ADD_DEV, on the data path wanted and granted. Raises UbiError; nothing is left then.
+
+        A helper that died, or is late, may have made a device and not have told of it.
+        """
+        try:
+            self._make(stripe_bytes)
+        except UbiError:
+            self._delete_unheard()
+            raise
+
+    def _make(self, stripe_bytes: int) -> None:
         zero_copy = self._options.data_path != "copy" and ZERO_COPY in self.features
         self.info = self._add(stripe_bytes, zero_copy=zero_copy)
         if zero_copy and not self.zero_copy:
@@ -88,6 +98,12 @@ class KernelDevice:
                     "--data-path zero-copy: the ublk driver did not grant it: drop --data-path",
                 )
             self.info = self._add(stripe_bytes, zero_copy=False)
+
+    def _delete_unheard(self) -> None:
+        with contextlib.suppress(UbiError):
+            found = self.control.find_dev(self.cookie)
+            if found is not None:
+                self.control.del_dev(found)
 
     def _add(self, stripe_bytes: int, *, zero_copy: bool) -> DevInfo:
         options = self._options

@@ -203,21 +203,15 @@ def _kill(device: Device) -> None:
 def find_kernel_device(state: State | None) -> State | None:
     """Complete what a daemon left that died while the kernel made its device: by its cookie."""
     from ublk_ubi.agent_process import CONTROL_PATH
-    from ublk_ubi.control import Control, ControlError
+    from ublk_ubi.control import Control
 
     if state is None or state.id is not None or state.cookie is None:
         return state
     if not os.path.exists(CONTROL_PATH):
         return state
     with Control.open() as control:
-        for entry in os.listdir("/dev"):
-            number = entry.removeprefix("ublkc")
-            if number == entry or not number.isdigit():
-                continue
-            with contextlib.suppress(ControlError):
-                if control.get_dev_info(int(number)).server_flags == state.cookie:
-                    return msgspec.structs.replace(state, id=int(number))
-    return state
+        found = control.find_dev(state.cookie)
+    return msgspec.structs.replace(state, id=found) if found is not None else state
 
 
 def delete_kernel_device(

@@ -503,9 +503,10 @@ class Session(TableHost):
         self._close_files()
         try:
             self.device.control.del_dev(self.info.id, timeout_s=LET_GO_TIMEOUT_S)
-        except ControlError as error:
+        except UbiError as error:
             # Our own I/O is over. Who has the dead disk open or mounted keeps its id, no more.
-            if not isinstance(error, ControlTimeout) and error.errno != errno.ENODEV:
+            gone = isinstance(error, ControlError) and error.errno == errno.ENODEV
+            if not gone and not isinstance(error, ControlTimeout):
                 self.claim.abandon()
                 return problem or error
         finally:

@@ -63,6 +63,16 @@ STUCK = "send(1, 1); receive(); time.sleep(60)"
 SILENT = "time.sleep(60)"
 DIES_IN_A_COMMAND = "send(1, 1); receive(); os._exit(3)"
 DIES_AT_ONCE = "os._exit(4)"
+DIES_THE_FIRST_TIME = """
+send(1, 1)
+receive()
+with open(sys.argv[1], "a+") as file:
+    file.write("!")
+    if file.tell() == 1:
+        file.flush()
+        os._exit(3)
+send(2, int(sys.argv[2]))
+"""
 OF_ANOTHER_VERSION = "send(1, 99); receive()"
 CANNOT_WORK = """send(3, 2, "io_uring is forbidden here".encode()); os._exit(0)"""
 TALKS_NONSENSE = "send(1, 1); receive(); send(2, 0, b'more than was asked for')"
@@ -312,6 +322,37 @@ def test_an_agent_that_fails_is_explained_in_one_line(body, says):
             opened.stop_dev(1)
         assert "\n" not in caught.value.message
         assert not opened._idle
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        (lambda c: c.del_dev(1), 0),
+        (lambda c: c.del_dev(1), -errno.ENODEV),       # the one that died had done it
+        (lambda c: c.try_stop_dev(1), -errno.ENODEV),
+        (lambda c: c.stop_dev(1), -errno.ENODEV),
+        (lambda c: c.start_user_recovery(1), 0),
+    ],
+)
+def test_a_command_whose_agent_died_is_given_again(tmp_path, call, result):
+    agent = fake_agent(DIES_THE_FIRST_TIME, tmp_path / "died", result)
+    with Control(agent_command=agent) as opened:
+        call(opened)
+
+
+@pytest.mark.parametrize(
+    ("call", "result"),
+    [
+        (lambda c: c.add_dev(AddParams()), 0),
+        (lambda c: c.start_dev(1, 1), 0),
+        (lambda c: c.end_user_recovery(1, 1), 0),
+        (lambda c: c.start_user_recovery(1), -errno.ENODEV),
+    ],
+)
+def test_what_cannot_be_given_twice_is_not(tmp_path, call, result):
+    agent = fake_agent(DIES_THE_FIRST_TIME, tmp_path / "died", result)
+    with Control(agent_command=agent) as opened, pytest.raises(UbiError):
+        call(opened)
 
 
 def test_an_agent_that_cannot_be_started(tmp_path):
