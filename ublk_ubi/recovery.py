@@ -163,11 +163,11 @@ def _check_versions(device: Device) -> None:
 
 
 def _fall_back(device: Device, error: UbiError) -> UbiError:
-    """Have the old daemon go on; return what to tell."""
+    """Have the old daemon go on, if it lives; return what to tell."""
     with contextlib.suppress(OSError):
         os.kill(device.pid or 0, signal.SIGUSR1)
     deadline = time.monotonic() + RESUME_TIMEOUT_S
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and runtime.process_start(device.pid or 0) is not None:
         now = runtime.refresh(device)
         if now is not None and now.alive and not now.starting:
             return UbiError(
