@@ -331,7 +331,8 @@ def _create(
 ) -> Base:
     """Make a sparse file of 8 MiB and `data_size` (`enough` of it: the image and no more).
 
-    On any error it is removed again.
+    On any error it is removed again. It gets its name when it is as large as it should be: who is
+    killed amid this leaves nothing, or a base that is new.
     """
     refuse_too_small(
         f"base {shown(path)}", METADATA_SIZE + data_size, f"image {shown(image.path)}", image.size,
@@ -361,13 +362,15 @@ def _create(
             "check the device's name (see `lsblk`), or name a file elsewhere",
         )
     try:
-        fd = os.open(name, _OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder_fd)
+        fd = _open_new(folder_fd, name)
         undo.callback(os.close, fd)
         undo.callback(_remove, folder_fd, name, fd)
         clear_nonblock(fd)
         identity = identity_of(fd, os.fstat(fd))
         fence.lock(fd, identity)
         os.ftruncate(fd, METADATA_SIZE + data_size)
+        if os.fstat(fd).st_nlink == 0:
+            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=folder_fd, follow_symlinks=True)
     except OSError as error:
         raise _creation_failure(path, METADATA_SIZE + data_size, error) from None
     return Base(
@@ -382,6 +385,14 @@ def _create(
         created=True,
         folder_fd=folder_fd,
     )
+
+
+def _open_new(folder_fd: int, name: str) -> int:
+    """Make a file that has no name yet; where the filesystem has no such files, one that has."""
+    try:
+        return os.open(".", _OPEN_FLAGS | os.O_TMPFILE, 0o600, dir_fd=folder_fd)
+    except OSError:
+        return os.open(name, _OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder_fd)
 
 
 def _holds_devices(parent: str, folder_fd: int, dev: Path) -> bool:

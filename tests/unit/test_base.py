@@ -306,12 +306,38 @@ def test_making_fails(place: Path, image: Image, monkeypatch, code: int, says: s
     real = os.open
 
     def fail(path, flags: int, *rest, **options) -> int:
-        if flags & os.O_CREAT:
+        if flags & os.O_CREAT or flags & os.O_TMPFILE == os.O_TMPFILE:
             raise OSError(code, os.strerror(code))
         return real(path, flags, *rest, **options)
 
     monkeypatch.setattr(os, "open", fail)
     refused(place / "b", image, "cannot be made", says)
+
+
+@pytest.mark.parametrize("has_tmpfile", [True, False])
+def test_a_new_file_gets_its_name_when_it_is_whole(
+    place: Path, image: Image, monkeypatch, has_tmpfile: bool,
+):
+    """Who is killed while it is made leaves nothing that the next one would refuse."""
+    real_open, real_truncate = os.open, os.ftruncate
+    there: list[bool] = []
+
+    def without(path, flags: int, *rest, **options) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real_open(path, flags, *rest, **options)
+
+    def truncate(fd: int, length: int) -> None:
+        there.append((place / "b").exists())
+        real_truncate(fd, length)
+
+    monkeypatch.setattr(os, "ftruncate", truncate)
+    if not has_tmpfile:
+        monkeypatch.setattr(os, "open", without)
+    with opened(place / "b", image) as base:
+        assert there == [not has_tmpfile]
+        assert os.path.samestat(os.stat(place / "b"), os.fstat(base.fd))
+        base.keep()
 
 
 def test_someone_makes_it_first(place: Path, image: Image, monkeypatch):
