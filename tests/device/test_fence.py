@@ -18,10 +18,11 @@ from support import watch
 from support.background import Background
 from support.device import Outcome
 from support.guest import BLOCK, flush, read, write
+from support.mapper import delayed_writes
 from support.ondisk import DATA_OFFSET, read_metadata
 from support.processes import starting_log
 from support.served import ServedDisk, serve
-from support.shell import run, until
+from support.shell import until
 from support.variant import Variant
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from support.device import Device, Running, Ubi
     from support.images import Image
-    from support.mapper import Mapped, Mapper
+    from support.mapper import Mapper
     from support.undo import Undo
 
 MIB = 1 << 20
@@ -230,8 +231,3 @@ def test_add_waits_for_a_slow_disk(
     assert all(writer.errno() == errno.EIO for writer in writers)
     assert read(device, HOT) == OLD
     assert read_metadata(base.path).extension.generation == 1
-
-
-def delayed_writes(disk: Mapped) -> int:
-    """Writes that dm-delay holds; its status is what it holds of reads, writes and flushes."""
-    return int(run("dmsetup", "status", disk.name).split()[-2])

@@ -16,6 +16,8 @@ from support.background import Background
 from support.device import RUN_ROOT, Outcome
 from support.guest import BLOCK, flush, read, write
 from support.load import Record, Writers
+from support.mapper import delayed_writes
+from support.mortal import Action
 from support.ondisk import DATA_OFFSET, read_metadata
 from support.processes import starting_pid
 from support.served import ServedDisk, serve
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
     from support.device import Device, Ubi
     from support.images import Image
+    from support.mapper import Mapper
+    from support.mortal import Mortal
     from support.undo import Undo
 
 MIB = 1 << 20
@@ -167,30 +171,31 @@ class Held:
     def __init__(self, ubi: Ubi, undo: Undo, image: Image) -> None:
         self.ubi = ubi
         self.base: ServedDisk = serve(undo, DATA_OFFSET + SIZE)
-        self.device: Device = ubi.new(image, self.base.path, stripe_size=STRIPE, recovery=True)
+        self.device: Device = ubi.new(
+            image, self.base.path, stripe_size=STRIPE, recovery=True, data_path="copy",
+        )
 
-    def kill_while_hydrating(self) -> None:
-        """… of a stripe that was read."""
+    def kill_while(self, what: str) -> Background[None] | None:
+        """… of a "stripe" that was read, a "header" page, or a "guest", which waits as well."""
         self.device.start()
         write(self.device, 0, b"h" * BLOCK)
         flush(self.device)
-        self.base.hold(lambda request: request.changes and request.offset >= DATA_OFFSET)
-        read(self.device, 5 * STRIPE)
+        waiting: Background[None] | None = None
+        if what == "header":
+            self.base.hold(lambda request: request.is_metadata_write)
+            write(self.device, 5 * STRIPE, b"c" * BLOCK)
+            waiting = Background(lambda: flush(self.device))
+        else:
+            self.base.hold(lambda request: request.changes and request.offset >= DATA_OFFSET)
+            if what == "stripe":
+                read(self.device, 5 * STRIPE)
+            else:
+                waiting = Background(lambda: write(self.device, 0, b"o" * BLOCK))
         self.base.wait_for_held(1)
         self.device.kill()
         self.base.hold(None)
-
-    def kill_while_a_guest_writes(self) -> Background[None]:
-        """… of a guest, which waits: its write is returned."""
-        self.device.start()
-        write(self.device, 0, b"h" * BLOCK)
-        flush(self.device)
-        self.base.hold(lambda request: request.changes and request.offset >= DATA_OFFSET)
-        writer = Background(lambda: write(self.device, 0, b"o" * BLOCK))
-        self.base.wait_for_held(1)
-        self.device.kill()
-        self.base.hold(None)
-        return writer
+        assert waiting is None or not waiting.done
+        return waiting
 
     def recover(self) -> Background[Outcome]:
         """Begin to recover it, and wait until the new daemon is at it."""
@@ -210,37 +215,81 @@ def held(ubi: Ubi, undo: Undo, make_image: Callable[..., Image]) -> Held:
     return Held(ubi, undo, make_image(SIZE))
 
 
-def test_recovery_waits_until_a_guests_write_has_landed(held: Held) -> None:
-    writer = held.kill_while_a_guest_writes()
-    recovering = held.recover()
-    assert not recovering.wait(1.5)
-    assert not writer.done
-    assert len(held.base.held) == 1
-    held.base.release()
-    held.expect_recovered(recovering)
-    writer.result()
-    assert read(held.device, 0) == b"o" * BLOCK
-
-
 @pytest.mark.parametrize(
-    ("taken_out", "waits"),
-    [([], True), (NO_LOCK, True), (NO_UBLKC, True), (NO_LOCK + NO_UBLKC, False)],
-    ids=["both", "ublkc-alone", "lock-alone", "neither"],
+    ("what", "taken_out", "waits"),
+    [
+        ("stripe", [], True), ("stripe", NO_LOCK, True), ("stripe", NO_UBLKC, True),
+        ("stripe", NO_LOCK + NO_UBLKC, False),
+        ("header", [], True), ("header", NO_LOCK, True), ("header", NO_UBLKC, True),
+        ("header", NO_LOCK + NO_UBLKC, False),
+        # A queue's ring has ublkc in any case: its commands go there.
+        ("guest", [], True), ("guest", NO_LOCK, True),
+    ],
+    ids=[
+        "stripe-both", "stripe-ublkc-alone", "stripe-lock-alone", "stripe-neither",
+        "header-both", "header-ublkc-alone", "header-lock-alone", "header-neither",
+        "guest-both", "guest-ublkc-alone",
+    ],
 )
-def test_recovery_waits_until_a_stripe_has_landed(
-    held: Held, tmp_path: Path, taken_out: list[tuple[str, str, str]], waits: bool,
+def test_recovery_waits_until_the_last_write_has_landed(
+    held: Held, tmp_path: Path, what: str, taken_out: list[tuple[str, str, str]], waits: bool,
 ) -> None:
-    """The lock on the base, and ublkc in the hydrator's ring: each alone keeps a newcomer out."""
+    """The lock on the base, and ublkc in the rings: each alone keeps a newcomer out."""
     variant = Variant(tmp_path)
     for file, text, by in taken_out:
         variant.replace(file, text, by)
     with variant.in_use():
-        held.kill_while_hydrating()
+        waiting = held.kill_while(what)
         recovering = held.recover()
-        assert recovering.wait(2.0 if waits else 20.0) is not waits
+        assert recovering.wait(1.0 if waits else 30.0) is not waits
         assert len(held.base.held) == 1
         held.base.release()
         held.expect_recovered(recovering)
+    if waiting is not None:
+        waiting.result()
+    if what == "guest":
+        assert read(held.device, 0) == b"o" * BLOCK
+
+
+def test_recovery_waits_for_a_slow_disk(
+    ubi: Ubi, mortal: Mortal, mapper: Mapper, make_image: Callable[..., Image],
+    make_base: Callable[..., str],
+) -> None:
+    """Writes of a guest, of a stripe and of a header page are under way; they land by themselves.
+
+    The new daemon ends before its first fdatasync, and so before any write of its own.
+    """
+    base = mapper.map(make_base(SIZE, on="ram"))
+    device = ubi.new(make_image(SIZE), base.path, stripe_size=STRIPE, recovery=True)
+    device.environment = mortal.environment
+    device.start(data_path="copy", copy_on_read=True)
+    write(device, 0, b"h" * BLOCK)
+    flush(device)
+    # A tick may commit a stripe before its page can be held up: then it is the next one's.
+    for stripe in range(10, 60):
+        write(device, stripe * STRIPE, b"c" * BLOCK)
+        base.delay(write_ms=3000, flush_ms=0)
+        flushing = Background(lambda: flush(device))
+        if not flushing.wait(0.3):
+            break
+        base.linear()
+    until(lambda: delayed_writes(base) == 1, "a header page is under way")
+    writing = Background(lambda: write(device, 0, b"o" * BLOCK))
+    read(device, 9 * STRIPE)
+    until(lambda: delayed_writes(base) == 3, "all of the three are under way")
+    device.kill()
+    assert delayed_writes(base) == 3
+    mortal.bury()
+    mortal.die_before(Action.SYNC)
+    assert ubi.command("recover", device.name, environment=mortal.environment).code == 1
+    assert delayed_writes(base) == 0
+    assert mortal.died_before is Action.SYNC
+    base.linear()
+    device.recover()
+    flushing.result()
+    writing.result()
+    assert read(device, 0) == b"o" * BLOCK
+    assert read(device, stripe * STRIPE) == b"c" * BLOCK
 
 
 # -- ended and upgraded ------------------------------------------------------------------------

@@ -362,9 +362,9 @@ class Ubi:
         assert outcome.stdout == ""
         return outcome.stderr.strip()
 
-    def command(self, *words: object) -> Outcome:
+    def command(self, *words: object, environment: dict[str, str] | None = None) -> Outcome:
         """Any `ublk-ubi` command; look at its code."""
-        return Running([str(word) for word in words]).outcome()
+        return Running([str(word) for word in words], environment=environment).outcome()
 
     def rescue(self) -> None:
         """A test that hangs: say where, then let go whatever holds it. The test fails then."""

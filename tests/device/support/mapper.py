@@ -103,3 +103,8 @@ class Mapper:
         self._undo.healers.append(mapped.heal)
         self._undo.callback(mapped.heal)
         return mapped
+
+
+def delayed_writes(disk: Mapped) -> int:
+    """Writes that dm-delay holds; its status is what it holds of reads, writes and flushes."""
+    return int(run("dmsetup", "status", disk.name).split()[-2])
