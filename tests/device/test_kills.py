@@ -210,7 +210,7 @@ class Killer:
 
 
 @MODES
-@pytest.mark.limit(60 + 12 * KILLS)
+@pytest.mark.limit(60 + 40 * KILLS)
 def test_kills_under_fio(
     new_disk: Callable[[], Loaded], mortal: Mortal, seed: int, data_path: str, queues: int,
 ) -> None:
@@ -228,7 +228,7 @@ def test_kills_under_fio(
 
 
 @MODES
-@pytest.mark.limit(60 + 12 * UPGRADES)
+@pytest.mark.limit(60 + 40 * UPGRADES)
 def test_upgrades_under_fio(
     new_disk: Callable[[], Loaded], seed: int, data_path: str, queues: int,
 ) -> None:

@@ -42,6 +42,14 @@ class Record:
         self.done = [0] * (size // SECTOR)
         self.tried: list[list[int]] = [[] for _ in self.done]
 
+    def grow(self, size: int) -> None:
+        """The disk has so many bytes now; what is new of it reads zero."""
+        more = size - self.size
+        self.image += bytes(more)
+        self.done += [0] * (more // SECTOR)
+        self.tried += [[] for _ in range(more // SECTOR)]
+        self.size = size               # last: writers look at it
+
     def check(self, device: Device, *, forget: bool = True) -> int:
         """Compare every sector of a device; returns how many hold a write of which we knew nothing.
 
