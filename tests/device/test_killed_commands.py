@@ -33,7 +33,7 @@ MIB = 1 << 20
 STRIPE = 64 << 10
 SIZE = 4 * MIB
 SETTLE_S = 60.0
-pytestmark = [pytest.mark.usefixtures("no_watch"), pytest.mark.limit(60 if POINTS else 1200)]
+pytestmark = [pytest.mark.usefixtures("no_watch"), pytest.mark.limit(200 if POINTS else 3000)]
 
 
 @pytest.fixture(scope="session")
