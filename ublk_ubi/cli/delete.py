@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ublk_ubi.cli.common import UbiCommand, complete_name, json_option, one_line, print_json, say
+from ublk_ubi.cli.common import UbiCommand, complete_name, json_option, say
 from ublk_ubi.errors import Exit, UbiError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def command(
     --force, which takes it away from under its users. Also clears up after a daemon that died.
     """
     from ublk_ubi import removal
+    from ublk_ubi.cli.many import tell_end
 
     if everything == bool(targets):
         raise click.UsageError("give NAMEs, or -a for all")
@@ -72,13 +73,7 @@ def command(
         deleted.append(device.name)
         if not as_json:
             say(f"{device.name} deleted")
-    if as_json:
-        print_json({"schema": 1, "deleted": deleted})
-    for other in errors[1:]:
-        click.echo(f"ublk-ubi: {one_line(other.message)}", err=True)
-    if errors:
-        raise errors[0]
-    return Exit.OK
+    return tell_end({"deleted": deleted}, errors, as_json=as_json)
 
 
 def _each(function: Callable[[Device], None], devices: list[Device]) -> Iterator[Exception | None]:
