@@ -124,6 +124,11 @@ make_venv() {
     echo "$stamp" >"$VENV/stamp"
 }
 
+# Guests of the lab see this folder read-only, and would compile all of it at every start.
+compile_package() {
+    "$PYTHON" -m compileall -q ublk_ubi || die "ublk_ubi/ does not compile"
+}
+
 sources_and_modules() {
     cat cython/ublk_ubi/*.p[yx][xd] | cksum
     find cython/ublk_ubi ublk_ubi -maxdepth 1 -name '*.pyx' -o -name '*.so' | sort
@@ -161,6 +166,7 @@ setup() {
         flock 9  # another call in this checkout may be at it
         make_venv "$python" 9>&-
         build_modules 9>&-
+        compile_package 9>&-
     ) 9>build/lock
 }
 

@@ -9,6 +9,7 @@ What it learns goes to the plan's `events` file, one JSON object a line:
                 output: the last lines that the guest and the lab printed,
                 dmesg: the kernel's messages, if it complained
 
+One guest more may run once a byte has come in on its standard input: the caller has a CPU to spare.
 It ends, and ends the guests, when all of them are gone or when its standard input ends. The program
 returns at once: what does all this is a process of its own, which holds a lock on PLAN while it is
 there.
@@ -121,7 +122,7 @@ class Driver:
         while self.waiting or self.running:
             while self.waiting and len(self.running) < self.plan["jobs"]:
                 self.start(self.waiting.pop(0))
-            if caller_has_gone():
+            if self.caller_has_gone():
                 for guest in self.running:
                     guest.process.terminate()
                 for guest in self.running:
@@ -139,7 +140,7 @@ class Driver:
             process = subprocess.Popen([*self.plan["lab"], "--print", "kernel"],
                                        stdin=subprocess.DEVNULL, stdout=output, stderr=output)
             while process.poll() is None:
-                if caller_has_gone():
+                if self.caller_has_gone():
                     process.terminate()
                     process.wait()
                     return False
@@ -159,6 +160,15 @@ class Driver:
         self.tell("begin", guest=what["number"])
         self.running.append(Guest(what, self.plan["lab"], show_output=self.plan["show_output"]))
 
+    def caller_has_gone(self) -> bool:
+        """Wait for a moment; say whether standard input has ended. A byte is one guest more."""
+        ready, _, _ = select.select([0], [], [], TURN_S)
+        if not ready:
+            return False
+        more = len(os.read(0, 1))
+        self.plan["jobs"] += more
+        return not more
+
     def follow(self, guest: Guest) -> None:
         """Pass on what the guest has written; notice its end, and its silence."""
         ended = guest.process.poll() is not None  # before the last look at its records
@@ -173,12 +183,6 @@ class Driver:
         if ended:
             self.running.remove(guest)
             self.tell("gone", guest=guest.number, **guest.gone())
-
-
-def caller_has_gone() -> bool:
-    """Wait for a moment; say whether standard input has ended."""
-    ready, _, _ = select.select([0], [], [], TURN_S)
-    return bool(ready) and not os.read(0, 1)
 
 
 def main(path: str) -> None:

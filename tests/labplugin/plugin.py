@@ -31,7 +31,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
                     help="run them on this machine's own kernel, not in guests of tools/lab")
     group.addoption("--no-skips", action="store_true", help="a test that is skipped has failed")
     group.addoption("--lab-jobs", type=_count, default=2, metavar="N",
-                    help="how many guests run at a time (default 2)")
+                    help="how many guests run at a time (default 2); from 2 on one more, once "
+                         "what runs here has ended")
     group.addoption("--lab-silence", type=float, default=SILENCE_S, metavar="SECONDS",
                     help="end a guest that reports nothing for so long (default %(default)g)")
     group.addoption("--lab-program", default=str(LAB), metavar="PROGRAM",
@@ -111,6 +112,8 @@ class LabSession:
             self.replay = Replay(session, shards, guests)
             try:
                 result = yield
+                if self.config.getoption("lab_jobs") > 1:
+                    guests.one_more()  # the CPU that this session had
                 self.replay.wait()
             finally:
                 session.items = everything

@@ -237,6 +237,28 @@ def test_one_guest_at_a_time(folder: Folder) -> None:
     assert folder.run("--lab-jobs=1").total == "3 passed"
 
 
+MEETING = """
+    import glob, time
+    def test_x():
+        {first}
+        deadline = time.monotonic() + 20
+        while len(glob.glob("here-*")) < {others}:
+            assert time.monotonic() < deadline, "the others have not come"
+            time.sleep(0.01)
+        {last}
+"""
+
+
+def test_one_guest_more_once_nothing_runs_here(folder: Folder) -> None:
+    for name in "abc":
+        first = f'open("here-{name}", "w").close()'
+        folder.write(f"device/test_{name}.py", MEETING.format(first=first, others=3, last=""))
+    two = 'assert len(glob.glob("here-*")) == 2'
+    folder.write("unit/test_here.py", MEETING.format(first="", others=2, last=two))
+    result = folder.run("--lab-jobs=2")
+    assert result.total == "4 passed", result.text
+
+
 def test_tests_with_guests_of_their_own_come_last(folder: Folder) -> None:
     text = "import pytest\n@pytest.mark.uses_lab\ndef test_last(): pass\n"
     folder.write("unit/test_a.py", text)

@@ -111,7 +111,7 @@ def test_no_receiver_sleeps_on_its_mail() -> None:
 @pytest.mark.parametrize("planted", PLANTED)
 def test_what_is_planted_is_found(planted: str, tmp_path: Path) -> None:
     program, words, change = PLANTED[planted]
-    status, output = build.run(build.planted(program, tmp_path / "build", change), "20", "1")
+    status, output = build.run(build.planted(program, tmp_path / "build", change), "60", "1")
     assert status != 0
     assert re.search(words, output), output
 

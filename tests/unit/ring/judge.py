@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 ARGUMENTS = ["-x", "-q", "-s", "--no-header", "-p", "no:cacheprovider",
-             "-p", "no:faulthandler", "--durations=0", "--tb=line",
+             "-p", "no:faulthandler", "--durations=0", "--tb=line", "--assert=plain",
              "-W", "ignore::pytest.PytestAssertRewriteWarning",
              f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml"),
              *map(str, (Path(__file__).parents[1] / name for name in ("test_ring.py",

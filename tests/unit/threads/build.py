@@ -28,7 +28,7 @@ FLAGS = {
     "world": ["-O1", "-fsanitize=thread", "-Wno-tsan"],
     "order": ["-O2"],
 }
-COMMON = ["-g", "-std=gnu11", "-w", "-fno-strict-aliasing", "-ffunction-sections",
+COMMON = ["-g1", "-std=gnu11", "-w", "-fno-strict-aliasing", "-ffunction-sections",
           "-fdata-sections", "-fno-pie"]
 
 
@@ -56,6 +56,12 @@ def planted(program: str, folder: Path, change: Change) -> Path:
     for module in PROGRAMS[program].values():
         if change.file.endswith(".pyx") and change.file != f"{module}.pyx":
             shutil.copyfile(generated / f"{module}.c", folder / "ublk_ubi" / f"{module}.c")
+    if change.file.endswith(".pyx"):
+        # What includes no C of that module is as it was.
+        for name, module in PROGRAMS[program].items():
+            if change.file != f"{module}.pyx":
+                shutil.copyfile(generated.parent / f"{program}-{name}.o",
+                                folder / f"{program}-{name}.o")
     return _build(program, folder, _sources(change))
 
 
@@ -72,9 +78,12 @@ def _build(program: str, folder: Path, sources: dict[str, str]) -> Path:
             path.unlink()
     for name, text in sources.items():
         _put(package / name, text)
+    known = (folder / f"{program}.recipe").exists()
     if not _put(folder / f"{program}.recipe", repr((recipe, harness))) and target.exists():
         return target
     target.unlink(missing_ok=True)
+    for path in folder.glob(f"{program}-*.o") if known else ():
+        path.unlink()
     parts = PROGRAMS[program]
     for module in parts.values():
         if not (package / f"{module}.c").exists():
@@ -82,9 +91,13 @@ def _build(program: str, folder: Path, sources: dict[str, str]) -> Path:
                   "-I", ".", "--module-name", f"ublk_ubi.{module}", f"ublk_ubi/{module}.pyx"],
                  folder)
     include = sysconfig.get_paths()["include"]
-    _run(["gcc", *COMMON, *FLAGS[program], f"-I{include}", f"-I{package}", f"-I{HERE}",
-          *(str(HERE / name) for name in parts), "-Wl,--gc-sections", "-no-pie", "-luring",
-          "-lpthread", "-o", str(target)], folder)
+    objects = {name: folder / f"{program}-{name}.o" for name in parts}
+    for name, path in objects.items():
+        if not path.exists():
+            _run(["gcc", "-c", *COMMON, *FLAGS[program], f"-I{include}", f"-I{package}",
+                  f"-I{HERE}", str(HERE / name), "-o", str(path)], folder)
+    _run(["gcc", *COMMON, *FLAGS[program], *map(str, objects.values()), "-Wl,--gc-sections",
+          "-no-pie", "-luring", "-lpthread", "-o", str(target)], folder)
     return target
 
 
