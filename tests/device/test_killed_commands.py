@@ -33,6 +33,7 @@ MIB = 1 << 20
 STRIPE = 64 << 10
 SIZE = 4 * MIB
 SETTLE_S = 60.0
+ADDED = 6                          # of a helper's steps: the answer of its second command, ADD_DEV
 pytestmark = [pytest.mark.usefixtures("no_watch"), pytest.mark.limit(200 if POINTS else 3000)]
 
 
@@ -255,20 +256,6 @@ def points(total: int, rng: random.Random) -> list[int]:
     return list(every) if POINTS == 0 else sorted(rng.sample(every, min(POINTS, total)))
 
 
-def stuck() -> list[str]:
-    """Processes of the product in uninterruptible sleep."""
-    found = []
-    for process in watch._processes():
-        pid = process.split()[1].rstrip(":")
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            continue
-        if state == "D":
-            found.append(process)
-    return found
-
-
 @pytest.mark.parametrize("kind", [Add, Del, Recover, Upgrade, Resize])
 def test_killed_at_any_step(
     kind: type[Scene], ubi: Ubi, steps: Steps, make_image: Callable[..., Image],
@@ -294,5 +281,19 @@ def test_killed_at_any_step(
             assert len(outcome.stderr.splitlines()) <= 1, outcome.stderr
             assert "Traceback" not in outcome.stderr
             scene.clear_up()
-            until(lambda: not stuck(), f"no process in D state: {stuck()}")
+            until(lambda: not watch.stuck_processes(), "no process in D state")
     scene.end()
+
+
+def test_what_a_dead_helper_has_made_is_deleted(
+    ubi: Ubi, steps: Steps, make_image: Callable[..., Image], make_base: Callable[..., str],
+    seed: int,
+) -> None:
+    """It ends before it can tell of the device that ADD_DEV has made."""
+    scene = Add(ubi, steps, make_image(SIZE), make_base(SIZE), seed)
+    steps.die_before(Role.HELPER, ADDED)
+    outcome = scene.run()
+    assert (outcome.code, "helper ended in a command" in outcome.stderr) == (1, True)
+    assert steps.died().startswith("write")
+    assert not os.path.exists(scene.base)
+    scene.assert_nothing_left()

@@ -85,6 +85,18 @@ def leaks(before: set[str], exempt: set[str]) -> set[str]:
         time.sleep(0.02)
 
 
+def stuck_processes() -> list[str]:
+    """Those of the product that are in uninterruptible sleep."""
+    found = []
+    for process in _processes():
+        pid = process.split()[1].rstrip(":")
+        with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{pid}/stat").read_text()
+            if stat.rpartition(")")[2].split()[0] == "D":
+                found.append(process)
+    return found
+
+
 def _entries(folder: str) -> set[str]:
     try:
         return {f"{folder}/{entry}" for entry in os.listdir(folder)}
