@@ -33,6 +33,7 @@ _POLL_S = 0.02
 _KILL_WAIT_S = 10.0
 _LEAST_WAIT_S = 1.0
 _LET_GO_S = 2.0
+_SPDK_WAIT_S = 5.0
 _SHOWN_OPENERS = 5
 
 
@@ -51,6 +52,8 @@ def remove_device(device: Device, *, force: bool, timeout_s: float) -> None:
     is killed when it has not stopped within `timeout_s` seconds; without, that is an error
     (timed out), and the daemon goes on stopping.
     """
+    if force:
+        _take_from_spdk(device)
     if device.alive:
         if not force:
             refuse_if_used(device)
@@ -76,11 +79,31 @@ def refuse_if_used(device: Device) -> None:
         if not use.may_pass or time.monotonic() >= deadline:
             break
         time.sleep(_POLL_S)
+    way_out = use.way_out
+    if _is_attached(device):
+        way_out = f"`ublk-ubi spdk detach {device.name}` first"
     raise UbiError(
-        f"device {device.name} is in use: {use.what}: {use.way_out}, or take the disk away with "
+        f"device {device.name} is in use: {use.what}: {way_out}, or take the disk away with "
         "--force",
         Exit.BUSY,
     )
+
+
+def _is_attached(device: Device) -> bool:
+    from ublk_ubi import spdk
+
+    with contextlib.suppress(UbiError):
+        return spdk.attachment_of(device) is not None
+    return False
+
+
+def _take_from_spdk(device: Device) -> None:
+    """Take a disk's bdev away from SPDK before the disk goes: it would keep a dead one open."""
+    from ublk_ubi import spdk
+
+    if _is_attached(device):
+        with contextlib.suppress(UbiError):
+            spdk.detach(device, force=True, timeout_s=_SPDK_WAIT_S)
 
 
 def user_of(path: str) -> Use | None:

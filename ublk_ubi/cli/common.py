@@ -34,6 +34,18 @@ class UbiCommand(click.Command):
                 formatter.write(f"  {line.strip()}\n")
 
 
+class UbiGroup(click.Group):
+    """A group of commands whose help ends with examples."""
+
+    def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = examples
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's signature
+        """Write the examples."""
+        UbiCommand.write_examples(formatter, self.examples)
+
+
 def size(text: str) -> int:
     """Read a size in bytes: 512, 64K, 5G (5 GiB); a type for click."""
     from ublk_ubi.sizes import parse_size

@@ -11,8 +11,9 @@ from ublk_ubi.cli.common import (
     print_json,
     say,
     size,
+    warn,
 )
-from ublk_ubi.errors import Exit
+from ublk_ubi.errors import Exit, UbiError
 
 EXAMPLES = """
   ublk-ubi resize vm1 40G
@@ -38,15 +39,20 @@ def command(
     """Let a disk grow while it is in use.
 
     Without SIZE it takes all that its base has; with SIZE a base that is a file is grown first.
-    The new part reads zero. A guest sees the new size after a rescan. A disk does not shrink.
+    The new part reads zero. A guest sees the new size after a rescan; SPDK, where the disk is
+    attached, is told. A disk does not shrink.
     """
-    from ublk_ubi import rpc
+    from ublk_ubi import rpc, spdk
     from ublk_ubi.links import resolve
     from ublk_ubi.sizes import human_size
 
     device = resolve(target)
     params = {"size": new_size, "keep_old_data": keep_old_data}
     answer = rpc.call(device.socket, "resize", params, timeout_s)
+    try:
+        spdk.rescan(device)
+    except UbiError as error:
+        warn(f"{device.name} has grown, and SPDK does not know: {error.message}")
     if as_json:
         print_json({"schema": 1, "name": device.name, "size": answer["size"]})
     else:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ublk_ubi.cli.common import UbiCommand, json_option, print_json, say
+from ublk_ubi.cli.common import UbiCommand, UbiGroup, json_option, print_json, say
 from ublk_ubi.errors import Exit
 
 if TYPE_CHECKING:
@@ -31,14 +31,7 @@ root_option = click.option(
 )
 
 
-class _Group(click.Group):
-    """A group whose help ends with examples."""
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's signature
-        UbiCommand.write_examples(formatter, EXAMPLES)
-
-
-@click.group("systemd", cls=_Group)
+@click.group("systemd", cls=UbiGroup, examples=EXAMPLES)
 def command() -> None:
     """Let systemd serve the disks of /etc/ublk-ubi, and udev leave guests' content alone.
 
