@@ -96,7 +96,7 @@ except ImportError:
 
 setup(
     options={"build": {"build_base": "build/testing"}} if TESTING else {},
-    packages=["ublk_ubi", "ublk_ubi.cli"],
+    packages=["ublk_ubi", "ublk_ubi.cli", "ublk_ubi.serve"],
     package_data={"ublk_ubi": ["py.typed", "*.pyi", "host/*"]},
     exclude_package_data={"ublk_ubi": [f"{TESTING_PREFIX}*"]},
     ext_modules=cythonize(

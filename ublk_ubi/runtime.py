@@ -292,6 +292,12 @@ def clear_trouble(device: Device) -> None:
         os.unlink(os.path.join(device.folder, "trouble"))
 
 
+def find(name: str) -> Device | None:
+    """Look for the device of a name; None if there is none."""
+    check_name(name)
+    return refresh(Device(name=name, folder=os.path.join(run_root(), name), alive=False))
+
+
 def refresh(device: Device) -> Device | None:
     """Look at the device's folder again; None when it is gone."""
     try:

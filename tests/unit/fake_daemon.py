@@ -1,17 +1,20 @@
 """A daemon without a device, for the tests of those who talk to one. Run, not imported.
 
-What it does is the last part of its image's path: normal, warns, refuses, busy, slow, stuck,
-mute, dies, degraded, other; and of background hydration: copies (a part at every look), fails,
-full, lost, halts, done.
+What it does is the last part of its image's path: normal, late (comes up once there is BASE.go),
+warns, refuses, busy, slow, stuck, mute, dies, degraded, other; and of background hydration: copies
+(a part at every look), fails, full, lost, halts, done.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import os
 import selectors
 import signal
 import sys
+import time
 from typing import Any, Literal
 
 import msgspec
@@ -60,6 +63,8 @@ def main() -> None:
     if kind == "refuses":
         ready(ok=False, error=f"image {options.image} is empty", exit=1)
         sys.exit(1)
+    while kind == "late" and not os.path.exists(f"{options.base}.go"):
+        time.sleep(0.02)
     try:
         claim = runtime.claim(options.name, base=options.base)
     except UbiError as error:
@@ -72,7 +77,7 @@ def main() -> None:
 class Fake:
     def __init__(self, kind: str, claim: runtime.Claim, options: DeviceOptions) -> None:
         self.kind, self.claim, self.options = kind, claim, options
-        self.id = options.id or 0
+        self.id = self.free_id() if options.id is None else options.id
         self.device = links.device_path(self.id)
         self.stopping: list[Deferred] = []
         self.hydrated = TOTAL if kind == "done" else 1000
@@ -81,9 +86,15 @@ class Fake:
             rate=options.rate, state={"done": "done", "halts": "running"}.get(kind, "off"),
         )
 
+    def free_id(self) -> int:
+        for number in itertools.count():
+            with contextlib.suppress(FileExistsError), open(links.device_path(number), "x"):
+                return number
+        raise AssertionError
+
     def serve(self, ready: Any) -> None:
-        with open(self.device, "w", encoding="ascii"):
-            pass
+        with open(self.device, "a", encoding="ascii") as device:
+            device.truncate(5 << 30)
         link = links.publish_link(self.claim.name, self.id)
         self.claim.write_options(self.options)
         self.claim.write_state(runtime.State(

@@ -35,6 +35,8 @@ COMMANDS = {
     "upgrade": ("upgrade", "Move disks, in use or not, to the installed version."),
     "resize": ("resize", "Let a disk grow, while it is in use, after its base did."),
     "check": ("check", "Check a base: its metadata, and what it has against the image."),
+    "spdk": ("spdk", "Put disks under SPDK: bdevs and vhost-user-blk controllers."),
+    "serve": ("serve", "Serve SPDK's JSON-RPC with bdev_ubi's calls."),
     "systemd": ("systemd", "Let systemd and udev know of disks: units, rules; or no more."),
     "inspect": ("inspect", "Say what a base holds, without a daemon."),
     "doctor": ("doctor", "Check whether this machine can run disks, and what to do if not."),

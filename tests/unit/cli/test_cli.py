@@ -32,12 +32,16 @@ from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.status import Status, Stripes
 
 COMMANDS = tuple(cli.COMMANDS)
+OF_SPDK = ("config", "attach", "detach", "status")
 
 
 # help and usage ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "systemd install", "systemd uninstall"])
+SUBCOMMANDS = ("systemd install", "systemd uninstall", *(f"spdk {word}" for word in OF_SPDK))
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, *SUBCOMMANDS])
 def test_help_has_examples_that_parse(command: str) -> None:
     found = run(*command.split(), "--help")
     assert (found.code, found.err) == (0, "")
@@ -61,9 +65,13 @@ def test_list_of_commands_is_that_of_the_modules() -> None:
         command = cli.cli.get_command(context, name)
         assert command is not None
         assert command.help
-        for one in getattr(command, "commands", {name: command}).values():
-            options = {option for param in one.params for option in param.opts}
-            assert "--json" in options or name in ("completion", "watch")
+        parts = getattr(command, "commands", {name: command})
+        for word, part in parts.items():
+            options = {option for param in part.params for option in param.opts}
+            # The output of these is JSON, or nobody's.
+            assert "--json" in options or word in ("completion", "watch", "config")
+    group = cli.cli.get_command(context, "spdk")
+    assert set(getattr(group, "commands", {})) == set(OF_SPDK)
     assert cli.cli.get_command(context, "__init__") is None
 
 
@@ -128,6 +136,9 @@ def test_version() -> None:
         ("doctor x", "unexpected extra argument"),
         ("completion", "missing argument"),
         ("completion tcsh", "'tcsh' is not one of"),
+        ("serve x", "unexpected extra argument"),
+        ("serve --json nope.json", "--json nope.json: No such file"),
+        ("spdk frob", "no such command 'frob'"),
     ],
 )
 def test_wrong_usage_is_one_line_and_2(words: str, message: str) -> None:
