@@ -3,11 +3,18 @@
 Nobody ever waits for an agent without a limit. One that is late gets SIGKILL, which ends it at
 once or, when it hangs in the kernel, as soon as the kernel lets go; a thread of its own collects it
 then, so that a long-lived daemon gathers no zombies. At exit nothing is joined.
+
+An agent is a program that is run (`AgentProcess(command)`), or, where there is none left to run,
+forked by an agent that was told to do that alone (`confine`, `fork`).
 """
 
 from __future__ import annotations
 
+import array
+import contextlib
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -47,42 +54,95 @@ class AgentDiedError(UbiError):
     """The agent ended before it answered: what became of its command, nobody knows."""
 
 
+class Forked:
+    """A process that another one has forked, as far as Popen's ways are needed."""
+
+    def __init__(self, pid: int, sock: socket.socket) -> None:
+        """Watch it; raises OSError when that cannot be."""
+        self.pid = pid
+        self.socket = sock
+        self._fd = os.pidfd_open(pid)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._fd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._fd, signal.SIGKILL)
+
+    def poll(self) -> int | None:
+        """Return 0 once it has ended; how is its parent's to know."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end, as Popen.wait."""
+        if self._fd >= 0:
+            poll = select.poll()
+            poll.register(self._fd, select.POLLIN)
+            if not poll.poll(None if timeout is None else timeout * 1000):
+                raise subprocess.TimeoutExpired("agent", timeout or 0)
+            os.close(self._fd)
+            self._fd = -1
+        return 0
+
+
 class AgentProcess:
     """One agent; used by one thread at a time."""
 
-    def __init__(self, command: Sequence[str]) -> None:
-        """Start it without waiting for it. Raises UbiError when it cannot be started."""
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    def __init__(self, program: Sequence[str] | Forked) -> None:
+        """Start it without waiting for it, or take over one that was forked.
+
+        Raises UbiError when it cannot be started.
+        """
         self._ready = False
-        try:
-            # Standard error goes nowhere: an abandoned agent would hold a caller's pipe open for
-            # as long as it hangs. Its own session: a Ctrl-C is for us. /: it pins no file system.
-            self._process = subprocess.Popen(
-                list(command),
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd="/",
-                close_fds=True,
-                start_new_session=True,
-            )
-        except OSError as error:
-            self._socket.close()
-            message = f"cannot start the ublk control helper {command[0]}: {error.strerror}"
-            raise UbiError(message) from None
-        finally:
-            theirs.close()
+        self._process: subprocess.Popen[bytes] | Forked
+        if isinstance(program, Forked):
+            self._socket, self._process = program.socket, program
+        else:
+            self._socket, self._process = _start(program)
         self.pid = self._process.pid
 
+    @property
+    def ended(self) -> bool:
+        """Whether it is there no more."""
+        return self._process.poll() is not None
+
+    def confine(self, namespace_fd: int, deadline: float) -> None:
+        """Shut it in, in that mount namespace (-1: it stays where it is). Raises OSError."""
+        result, _ = self.call(control_agent.CONFINE, bytes(32), b"", deadline, fd=namespace_fd)
+        if result < 0:
+            raise OSError(-result, os.strerror(-result))
+
+    def fork(self, deadline: float) -> AgentProcess:
+        """Have it make another agent. Raises as `call` does."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            pid, _ = self.call(control_agent.FORK, bytes(32), b"", deadline, fd=theirs.fileno())
+            if pid > 0:
+                return AgentProcess(Forked(pid, ours))
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        ours.close()
+        raise UbiError(f"the ublk control helper cannot fork: {os.strerror(-pid)}")
+
+    def openers(self, device: int, deadline: float) -> int:
+        """Have it count who has a block device (its number) open."""
+        command = device.to_bytes(8, sys.byteorder) + bytes(24)
+        return self.call(control_agent.OPENERS, command, b"", deadline)[0]
+
     def call(
-        self, operation: int, command: bytes, buffer: bytes, deadline: float,
+        self, operation: int, command: bytes, buffer: bytes, deadline: float, *, fd: int = -1,
     ) -> tuple[int, bytes]:
         """Run one command: its result (≥ 0, or -errno) and its buffer as the kernel left it.
 
-        `deadline` is a value of time.monotonic(). After any exception the agent is of no further
-        use and must be abandoned. Raises TimeoutError at the deadline; AgentGoneError when the
-        command did not reach the agent; AgentDiedError when it ends; UbiError when the agent says
-        that it cannot work.
+        `fd` goes along, if it is not -1. `deadline` is a value of time.monotonic(). After any
+        exception the agent is of no further use and must be abandoned. Raises TimeoutError at the
+        deadline; AgentGoneError when the command did not reach the agent; AgentDiedError when it
+        ends; UbiError when the agent says that it cannot work.
         """
         if len(buffer) > control_agent.MAX_BUFFER:
             raise ValueError(len(buffer))
@@ -90,7 +150,9 @@ class AgentProcess:
             self._receive_ready(deadline)
         self._socket.settimeout(_remaining_s(deadline))
         try:
-            self._socket.send(control_agent.REQUEST.pack(operation, command) + buffer)
+            packet = control_agent.REQUEST.pack(operation, command) + buffer
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+            self._socket.sendmsg([packet], rights if fd >= 0 else [])
         except (BrokenPipeError, ConnectionResetError):
             raise AgentGoneError from None
         kind, result, data = self._receive(deadline)
@@ -151,6 +213,30 @@ class AgentProcess:
         """Return what the agent has open, by number: a look into /proc, for tests and doctor."""
         folder = Path(f"/proc/{self.pid}/fd")
         return {int(entry.name): os.readlink(entry) for entry in folder.iterdir()}
+
+
+def _start(command: Sequence[str]) -> tuple[socket.socket, subprocess.Popen[bytes]]:
+    """Run an agent; return our end of its socket. Raises UbiError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        # Standard error goes nowhere: an abandoned agent would hold a caller's pipe open for as
+        # long as it hangs. Its own session: a Ctrl-C is for us. /: it pins no file system.
+        process = subprocess.Popen(
+            list(command),
+            stdin=theirs.fileno(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            close_fds=True,
+            start_new_session=True,
+        )
+    except OSError as error:
+        ours.close()
+        message = f"cannot start the ublk control helper {command[0]}: {error.strerror}"
+        raise UbiError(message) from None
+    finally:
+        theirs.close()
+    return ours, process
 
 
 def _remaining_s(deadline: float) -> float:

@@ -115,6 +115,7 @@ class Control:
         self._command = list(agent_command or default_command(control_path))
         self._lock = threading.Lock()
         self._idle: list[AgentProcess] | None = [AgentProcess(self._command)]
+        self._mother: AgentProcess | None = None
 
     @classmethod
     def open(
@@ -147,8 +148,54 @@ class Control:
         """End the idle agents; one that runs a command for another thread ends after it."""
         with self._lock:
             agents, self._idle = self._idle or [], None
+            if self._mother is not None:
+                agents.append(self._mother)
         for agent in agents:
             agent.close()
+
+    def confine(self, *, join: bool) -> None:
+        """Have all further agents be shut in, and be forked: no program is run any more.
+
+        `join`: in the mount namespace of this process. Raises OSError, also when the kernel grants
+        a part of it only.
+        """
+        namespace_fd = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) if join else -1
+        agent = mother = self._take()
+        try:
+            # A new one: the kernel may still have a worker thread of one that ran a command, and
+            # lets no process with two of them into a namespace.
+            mother = self._fork(agent)
+            mother.confine(namespace_fd, time.monotonic() + DEFAULT_TIMEOUT_S)
+        except (UbiError, AgentGoneError, TimeoutError) as error:
+            if mother is not agent:
+                mother.abandon()
+            mother = agent  # it is not shut in, but there
+            raise OSError(errno.EIO, str(error) or "it does not answer") from None
+        finally:
+            if namespace_fd >= 0:
+                os.close(namespace_fd)
+            with self._lock:
+                others, self._idle = self._idle or [], []
+                self._mother = mother
+                with contextlib.suppress(UbiError):
+                    self._idle.append(self._fork(mother))  # two: one that is killed costs nothing
+            for other in (*others, agent):
+                if other is not mother:
+                    other.close()
+
+    def openers(self, device: int) -> int:
+        """Count the processes that have a block device (st_rdev) open. Raises UbiError."""
+        agent = self._take()
+        try:
+            found = agent.openers(device, time.monotonic() + DEFAULT_TIMEOUT_S)
+        except (AgentGoneError, TimeoutError):
+            agent.abandon()
+            raise UbiError("the ublk control helper has ended, or does not answer") from None
+        except BaseException:
+            agent.abandon()
+            raise
+        self._give_back(agent)
+        return found
 
     # ---- the driver -------------------------------------------------------------------------
 
@@ -350,10 +397,25 @@ class Control:
                 raise UbiError("the ublk control device was closed")
             if self._idle:
                 return self._idle.pop()
+            if self._mother is not None:
+                return self._fork(self._mother)
         return AgentProcess(self._command)
+
+    @staticmethod
+    def _fork(mother: AgentProcess) -> AgentProcess:
+        try:
+            return mother.fork(time.monotonic() + DEFAULT_TIMEOUT_S)
+        except (AgentGoneError, AgentDiedError, TimeoutError):
+            raise UbiError(
+                f"the ublk control helper (process {mother.pid}) has ended, or does not answer",
+            ) from None
 
     def _give_back(self, agent: AgentProcess) -> None:
         with self._lock:
+            if self._idle is not None and self._mother is not None and self._mother.ended:
+                self._mother.abandon()
+                self._mother = agent  # any can
+                return
             if self._idle is not None and len(self._idle) < MAX_IDLE_AGENTS:
                 self._idle.append(agent)
                 return

@@ -8,29 +8,40 @@ Standard input is one end of a SOCK_SEQPACKET pair; a packet is a message, in bo
 The layout is a contract between two processes, the older of which may have outlived an upgrade
 of the files: any change of it changes `PROTOCOL`.
 
-    to the agent     REQUEST: operation code, struct ublksrv_ctrl_cmd; then the command's buffer
+    to the agent     REQUEST: operation code, struct ublksrv_ctrl_cmd; then the command's buffer.
+                     Or one of its own: CONFINE (a descriptor: the mount namespace to join, or
+                     none), FORK (a descriptor: the new agent's end), OPENERS (a device number)
     from the agent   REPLY: kind, value; then what the kind says
                      READY    value: PROTOCOL; sent once, when /dev/ublk-control is open
                      RESULT   value: the command's result or -errno; then the buffer
                      FAILED   value: errno; then a line of text. The agent ends
 
 The agent imports as little as it can: a command must not wait for Python's start.
+
+A daemon that is live has no program left that it could run: one of its agents is shut in with it
+(CONFINE) and does nothing but fork others. It also looks who has a disk open (OPENERS), for which
+the daemon itself has no right any more.
 """
 
 from __future__ import annotations
 
+import _socket
 import ctypes
 import errno
 import os
 import select
 import struct
+import sys
 
 from ublk_ubi import liburing
 
-PROTOCOL = 1
+PROTOCOL = 2
 REQUEST = struct.Struct("=I32s")
 REPLY = struct.Struct("=Ii")
 READY, RESULT, FAILED = 1, 2, 3
+CONFINE, FORK, OPENERS = 1, 2, 3  # no operation code of ublk's is so low
+
+KEPT = ("CAP_SYS_ADMIN", "CAP_SYS_PTRACE")  # the control device; who has a disk open
 
 MAX_BUFFER = 60 << 10
 MAX_PACKET = REQUEST.size + MAX_BUFFER
@@ -38,6 +49,7 @@ ADDR_OFFSET = 8
 """Where `addr` lies in struct ublksrv_ctrl_cmd: the agent alone knows the buffer's address."""
 
 _STDIN = 0
+_BLOCK = 6  # S_IFBLK, in the type's four bits
 _IGNORED_SIGNALS = (1, 2, 15, 30)  # SIGHUP, SIGINT, SIGTERM, SIGPWR
 _SIG_IGN = 1
 
@@ -89,15 +101,106 @@ def execute(ring: liburing.CommandRing, control_fd: int, packet: bytes) -> tuple
     return wait(ring), buffer.raw
 
 
+def receive(sock: _socket.socket) -> tuple[bytes, int]:
+    """Receive one packet, empty at the end, and the descriptor that came along, or -1."""
+    packet, ancillary, _flags, _address = sock.recvmsg(
+        MAX_PACKET, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC,
+    )
+    for level, kind, data in ancillary:
+        if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
+            return packet, int.from_bytes(data[:4], sys.byteorder)
+    return packet, -1
+
+
+def confine(namespace_fd: int) -> int:
+    """Give up what no command needs; returns 0 or -errno."""
+    from ublk_ubi import capabilities, kernel_calls, seccomp
+
+    try:
+        if namespace_fd >= 0:
+            kernel_calls.setns(namespace_fd, kernel_calls.CLONE_NEWNS)
+        capabilities.reduce(KEPT)
+        seccomp.install(helper=True)
+    except OSError as error:
+        return -(error.errno or errno.EIO)
+    return 0
+
+
+def fork(their_fd: int, ring: liburing.CommandRing) -> int:
+    """Make another agent, which talks over `their_fd`. Returns its pid or -errno, to itself 0."""
+    # One that has ended goes now and not before: until its parent has asked for another, a pid
+    # that it was told is no other process's.
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+    try:
+        pid = os.fork()
+    except OSError as error:
+        pid = -(error.errno or errno.EAGAIN)
+    if pid == 0:
+        ring.close()
+        os.dup2(their_fd, _STDIN)
+    os.close(their_fd)
+    return pid
+
+
+def openers(device: int) -> int:
+    """Count the processes that have a block device open."""
+    found = 0
+    for pid in os.listdir("/proc"):
+        if not pid.isdigit():
+            continue
+        folder = f"/proc/{pid}/fd"
+        try:
+            # Only its number tells: what is a device is no matter of the link's text.
+            found += any(_is_device(f"{folder}/{fd}", device) for fd in os.listdir(folder))
+        except OSError:
+            continue  # it has ended
+    return found
+
+
+def _is_device(path: str, device: int) -> bool:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return False
+    return status.st_rdev == device and status.st_mode >> 12 == _BLOCK
+
+
+def serve(control_fd: int) -> None:
+    """Serve requests until the parent closes the socket."""
+    sock = _socket.socket(fileno=_STDIN)
+    ring = liburing.CommandRing()
+    send(READY, PROTOCOL)
+    while True:
+        packet, fd = receive(sock)
+        if not packet:
+            return
+        operation, command = REQUEST.unpack_from(packet)
+        if operation == CONFINE:
+            send(RESULT, confine(fd))
+            if fd >= 0:
+                os.close(fd)
+        elif operation == FORK:
+            pid = fork(fd, ring)
+            if pid == 0:
+                ring = liburing.CommandRing()
+                send(READY, PROTOCOL)
+            else:
+                send(RESULT, pid)
+        elif operation == OPENERS:
+            send(RESULT, openers(int.from_bytes(command[:8], sys.byteorder)))
+        else:
+            send(RESULT, *execute(ring, control_fd, packet))
+
+
 def main(control_path: str) -> None:
     """Serve commands on `control_path` (/dev/ublk-control) until the parent closes the socket."""
     ignore_signals()
     try:
-        ring = liburing.CommandRing()
-        control_fd = os.open(control_path, os.O_RDWR | os.O_CLOEXEC)
-        send(READY, PROTOCOL)
-        while packet := os.read(_STDIN, MAX_PACKET):
-            send(RESULT, *execute(ring, control_fd, packet))
+        serve(os.open(control_path, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
         code = error.errno or errno.EIO
         send(FAILED, code, f"{control_path}: {os.strerror(code)}".encode())

@@ -1,0 +1,134 @@
+"""Agents that are forked by another one: what a daemon has that can run no program any more.
+
+The real agent, on /dev/null: it takes io_uring commands, and knows none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ublk_ubi import control_agent
+from ublk_ubi.agent_process import AgentGoneError, AgentProcess, default_command
+from ublk_ubi.control import Control, ControlError
+from ublk_ubi.errors import UbiError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LIMIT_S = 20.0
+
+
+def soon() -> float:
+    return time.monotonic() + LIMIT_S
+
+
+def wait_until_ended(pid: int) -> None:
+    """An orphan may be collected late: a zombie has ended."""
+    deadline = soon()
+    while time.monotonic() < deadline:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"process {pid} has not ended")
+
+
+@pytest.fixture
+def mother() -> Iterator[AgentProcess]:
+    agent = AgentProcess(default_command("/dev/null"))
+    yield agent
+    agent.close()
+
+
+def test_a_fork_answers_and_ends(mother: AgentProcess) -> None:
+    forks = [mother.fork(soon()) for _ in range(3)]
+    assert len({mother.pid, *(fork.pid for fork in forks)}) == 4
+    for fork in forks:
+        # What /dev/null says differs between kernels; that it is asked is what counts.
+        result, data = fork.call(0xC0207504, bytes(32), b"buffer", soon())
+        assert result in (0, -errno.EOPNOTSUPP, -errno.EINVAL)
+        assert data == b"buffer"
+        fork.close()
+        wait_until_ended(fork.pid)
+
+
+def test_a_fork_has_nothing_of_its_mothers(mother: AgentProcess) -> None:
+    """No socket, through which it would hear her commands; a ring of its own."""
+    fork = mother.fork(soon())
+    fork.call(0xC0207504, bytes(32), b"", soon())
+    held, hers = (
+        sorted(os.readlink(fd) for fd in Path(f"/proc/{agent.pid}/fd").iterdir())
+        for agent in (fork, mother)
+    )
+    assert len(held) == len(hers)
+    assert {path for path in held if path.startswith("socket:")}.isdisjoint(hers)
+    fork.close()
+
+
+def test_a_fork_ends_with_who_holds_it_and_not_with_its_mother(mother: AgentProcess) -> None:
+    fork = mother.fork(soon())
+    mother.close()
+    fork.call(0xC0207504, bytes(32), b"", soon())
+    fork._socket.close()
+    wait_until_ended(fork.pid)
+
+
+def test_a_fork_that_is_abandoned_leaves_no_zombie_for_long(mother: AgentProcess) -> None:
+    fork = mother.fork(soon())
+    fork.abandon()
+    wait_until_ended(fork.pid)
+    last = mother.fork(soon())
+    deadline = soon()
+    while Path(f"/proc/{fork.pid}").exists():
+        assert time.monotonic() < deadline
+        mother.fork(soon()).close()
+    last.close()
+
+
+def test_a_mother_that_is_gone_is_told(mother: AgentProcess) -> None:
+    mother.fork(soon()).close()
+    os.kill(mother.pid, signal.SIGKILL)
+    wait_until_ended(mother.pid)
+    with pytest.raises((AgentGoneError, UbiError)):
+        mother.fork(soon())
+
+
+def test_a_control_that_is_confined_forks() -> None:
+    """… for each command that has no idle agent, and collects what it closes."""
+    with Control(agent_command=default_command("/dev/null")) as opened:
+        with contextlib.suppress(OSError):  # what a sandbox of this test's own refuses
+            opened.confine(join=False)
+        mother = opened._mother
+        assert mother is not None
+        for _ in range(3):
+            with contextlib.suppress(ControlError):
+                opened.stop_dev(1)
+        [idle] = opened._idle or []
+        assert idle.pid != mother.pid
+        os.kill(idle.pid, signal.SIGKILL)
+        wait_until_ended(idle.pid)
+        with contextlib.suppress(ControlError):
+            opened.stop_dev(1)
+        assert [agent.pid for agent in opened._idle or []] != [idle.pid]
+        os.kill(mother.pid, signal.SIGKILL)
+        wait_until_ended(mother.pid)
+        for agent in opened._idle or []:
+            os.kill(agent.pid, signal.SIGKILL)
+            wait_until_ended(agent.pid)
+        with pytest.raises(UbiError, match=f"helper \\(process {mother.pid}\\) has ended"):
+            opened.stop_dev(1)
+
+
+def test_its_own_requests_are_no_commands_of_the_drivers() -> None:
+    assert max(control_agent.CONFINE, control_agent.FORK, control_agent.OPENERS) < 1 << 8
