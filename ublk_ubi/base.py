@@ -187,6 +187,7 @@ def open_base(
     holder: Callable[[Identity], str | None] = _no_holder,
     notice: Callable[[str], None] = _silent,
     topology: Topology | None = None,
+    reach: str | None = None,
 ) -> Base:
     """Open a base for writing, or make it, and wait until all earlier writes to it have landed.
 
@@ -195,7 +196,8 @@ def open_base(
     `image` None is for a base that has all of its image: it must be there.
     `holder` names the live device that has the base of an identity: refused at once (BUSY).
     Otherwise a held base is waited for, `fence_timeout_s` seconds, then refused (TIMED_OUT);
-    `notice` is told once when there is a wait to speak of.
+    `notice` is told once when there is a wait to speak of. `reach` is where it is opened, where
+    `path`, by which it is spoken of, is out of reach.
 
     Raises UbiError; then nothing is open, no lock is held and nothing on the disk is changed.
     """
@@ -212,7 +214,7 @@ def open_base(
     )
     with contextlib.ExitStack() as undo:
         try:
-            st = os.stat(path)
+            st = os.stat(reach or path)
         except FileNotFoundError as error:
             if os.path.lexists(path):
                 raise open_failure("base", path, error) from None
@@ -226,7 +228,7 @@ def open_base(
         except OSError as error:
             raise open_failure("base", path, error) from None
         else:
-            base = _open_existing(path, st, image, fence, undo)
+            base = _open_existing(path, reach or path, st, image, fence, undo)
             _check_size(base, image, size)
         _make_direct(base)
         _check_block_size(base, image, size)
@@ -237,10 +239,11 @@ def open_base(
 # opening and making -------------------------------------------------------------------------
 
 
-def _open_existing(
-    path: str, st: os.stat_result, image: Image | None, fence: Fence, undo: contextlib.ExitStack,
+def _open_existing(  # noqa: PLR0917 - all of open_base's, at once
+    path: str, reach: str, st: os.stat_result, image: Image | None, fence: Fence,
+    undo: contextlib.ExitStack,
 ) -> Base:
-    """Open, lock and check a base that is there."""
+    """Open, lock and check a base that is there, at `reach`."""
     topology = fence.topology
     is_block = check_kind("base", path, st.st_mode)
     node = node_of(st)
@@ -249,9 +252,9 @@ def _open_existing(
     _refuse_user(path, node, topology)
     try:
         if is_block:
-            fd = _open_device(path, node, fence, undo)
+            fd = _open_device(path, reach, node, fence, undo)
         else:
-            fd = os.open(path, _OPEN_FLAGS)
+            fd = os.open(reach, _OPEN_FLAGS)
             undo.callback(os.close, fd)
         opened = os.fstat(fd)
         if node_of(opened) != node:
@@ -260,7 +263,7 @@ def _open_existing(
         identity = identity_of(fd, opened)
         fence.lock(fd, identity)
         try:
-            now = node_of(os.stat(path))
+            now = node_of(os.stat(reach))
         except FileNotFoundError:
             raise _replaced(path) from None
         if now != node:
@@ -282,9 +285,11 @@ def _open_existing(
     )
 
 
-def _open_device(path: str, node: Node, fence: Fence, undo: contextlib.ExitStack) -> int:
+def _open_device(
+    path: str, reach: str, node: Node, fence: Fence, undo: contextlib.ExitStack,
+) -> int:
     """Open a block device for writing, exclusively; wait for a previous daemon's claim to end."""
-    probe = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    probe = os.open(reach, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if blockdev.is_read_only(probe):
             raise UbiError(
@@ -300,7 +305,7 @@ def _open_device(path: str, node: Node, fence: Fence, undo: contextlib.ExitStack
         unlocked_since_s: float | None = None
         while True:
             try:
-                fd = os.open(path, _OPEN_FLAGS | os.O_EXCL)
+                fd = os.open(reach, _OPEN_FLAGS | os.O_EXCL)
             except OSError as error:
                 if error.errno != errno.EBUSY:
                     raise

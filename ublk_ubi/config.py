@@ -5,6 +5,7 @@ A value is checked once, here, whichever way it came in; the daemon checks it ag
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 from typing import Any
@@ -90,6 +91,7 @@ def build_options(values: dict[str, Any]) -> DeviceOptions:
     return options
 
 
+@functools.cache  # a live daemon has no list of users any more
 def resolve_owner(owner: str) -> tuple[int, int]:
     """Give the uid and gid of `USER[:GROUP]`, by name or number; -1 for a group not given.
 

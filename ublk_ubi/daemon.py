@@ -28,12 +28,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from ublk_ubi import runtime
+from ublk_ubi import hygiene, runtime
 from ublk_ubi.control import Control
 from ublk_ubi.errors import Exit, UbiError
+from ublk_ubi.growth import grow
+from ublk_ubi.log import log, standard, warn
 from ublk_ubi.notify import Manager
-from ublk_ubi.options import MAX_RATE, MIN_RATE, DeviceOptions
-from ublk_ubi.removal import is_used
+from ublk_ubi.options import MAX_RATE, MIN_RATE, DeviceOptions, continued
 from ublk_ubi.rpc_server import Deferred, NoParams, Server
 from ublk_ubi.session import Session
 from ublk_ubi.session_status import describe, summary
@@ -88,12 +89,6 @@ class Terminated(BaseException):
     """A signal asks to end while the device is being brought up."""
 
 
-def log(message: str) -> None:
-    """One line in the daemon's log. Where that has no room, the disk matters more."""
-    with contextlib.suppress(OSError):
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), message, file=sys.stderr, flush=True)
-
-
 class Daemon:
     """Serves one live device until it is stopped."""
 
@@ -123,7 +118,7 @@ class Daemon:
                 "resize": (ResizeParams, self._on_resize),
             },
             self._selector,
-            report=log,
+            report=warn,
         )
         self._signals_fd = self._catch_signals()
         self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
@@ -197,7 +192,7 @@ class Daemon:
     def _do_resize(self, params: ResizeParams) -> None:
         result: int | UbiError
         try:
-            result = self._session.grow(params.size, keep_old_data=params.keep_old_data)
+            result = grow(self._session, params.size, keep_old_data=params.keep_old_data)
         except UbiError as error:
             result = error
         except Exception as error:
@@ -211,7 +206,7 @@ class Daemon:
         answer, result = self._resizing[0], self._resized
         self._resizing = self._resized = None
         if isinstance(result, UbiError):
-            log(result.message)
+            warn(result.message)
             answer.fail(result)
         else:
             log(f"the disk has {result} bytes now")
@@ -266,7 +261,7 @@ class Daemon:
 
     def _answer(self, problem: UbiError | None) -> None:
         if problem is not None:
-            log(problem.message)
+            warn(problem.message)
         for answer in self._waiting:
             if problem is None:
                 answer.resolve({"stopped": True})
@@ -327,7 +322,7 @@ class Daemon:
                 self._stop(force=True)
 
     def _is_used(self) -> bool:
-        return is_used(self._session.info.disk_path, USERS_PATIENCE_S)
+        return self._session.device.in_use(USERS_PATIENCE_S)
 
     def _leave_to_the_next(self) -> None:
         """Leave a disk that is in use, and say how it goes on."""
@@ -408,7 +403,10 @@ def serve_to_the_end(session: Session, daemon: Daemon, manager: Manager) -> int:
             hand_over(name, daemon.upgrader, manager)
             return code
         log("no other daemon has come up: going on")
-        session = Session(msgspec.structs.replace(session.options, name=name), notice=log)
+        session = Session(
+            continued(session.options, name), notice=log, control=session.device.control,
+            before=session,
+        )
         session.start(recover=True)
         daemon = Daemon(session, manager)
         log(f"{name} is live again: {session.info.disk_path}")
@@ -454,7 +452,7 @@ def run(
         if log_fd is not None:
             session.claim.adopt_log(log_fd)
         for warning in session.warnings:
-            log(f"warning: {warning}")
+            warn(f"warning: {warning}")
         log(f"{session.claim.name} is live: {session.info.disk_path}, {session.size} bytes")
         ready({
             "ok": True,
@@ -486,7 +484,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     with open(arguments.options_fd, "rb") as file:
         options = msgspec.json.decode(file.read(), type=DeviceOptions)
+    go_fd = -1 if arguments.go_fd is None else arguments.go_fd
+    hygiene.close_inherited((arguments.ready_fd, go_fd))
     os.set_inheritable(arguments.ready_fd, False)
+    standard().keep_bounded()
+    hygiene.settle(log)
     told = False
 
     def tell(message: dict[str, Any]) -> None:
@@ -502,13 +504,14 @@ def main(argv: list[str] | None = None) -> int:
             control = Control.open()
             control.get_features()
             os.write(arguments.ready_fd, b'{"ready": true}\n')
-            if not os.read(arguments.go_fd, 1):
+            if not os.read(go_fd, 1):
                 return int(Exit.FAILED)
+            os.close(go_fd)
         return run(
             options, tell, log_fd=sys.stderr.fileno(), recover=arguments.recover, control=control,
         )
     except UbiError as error:
-        log(error.message)
+        warn(error.message)
         if not told:
             tell({"ok": False, "error": error.message, "exit": int(error.code)})
         return int(error.code)

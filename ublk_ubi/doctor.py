@@ -261,6 +261,26 @@ def check_limits(memlock_bytes: int, nofile: int, effective: int) -> list[Check]
     return [memlock, files]
 
 
+def check_sandbox(actions: str | None, mountinfo: str, *, namespaces: bool) -> Check:
+    """Judge whether daemons can shut themselves in: seccomp's `actions`, a root to turn away from.
+
+    `mountinfo` is /proc/self/mountinfo, `namespaces` whether there are mount namespaces.
+    """
+    missing = []
+    if "errno" not in (actions or "").split():
+        missing.append("seccomp filters")
+    roots = [line.split() for line in mountinfo.splitlines() if line.split()[4:5] == ["/"]]
+    if not namespaces or not roots or roots[-1][0] == roots[-1][1]:
+        missing.append("a root of their own (pivot_root)")
+    if missing:
+        return Check(
+            "sandbox", "warn", f"daemons go on without {' and '.join(missing)}",
+            "boot a kernel with CONFIG_SECCOMP_FILTER and CONFIG_NAMESPACES, from a disk or with "
+            "switch_root, and start daemons outside of a chroot",
+        )
+    return Check("sandbox", "ok", "seccomp, a root of their own")
+
+
 def mount_type(mountinfo: str, path: str) -> str | None:
     """Return the file system type that `path` lies on, by /proc/self/mountinfo (proc(5))."""
     best, kind = "", None
@@ -324,6 +344,11 @@ def run_checks(root: Path = Path("/"), control_path: str = CONTROL_PATH) -> list
             effective,
         ),
         check_run(_read(root / "proc/self/mountinfo") or "", _free_bytes(root / "run")),
+        check_sandbox(
+            _read(root / "proc/sys/kernel/seccomp/actions_avail"),
+            _read(root / "proc/self/mountinfo") or "",
+            namespaces=os.path.lexists(root / "proc/self/ns/mnt"),
+        ),
     ]
     return checks
 

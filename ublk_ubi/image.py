@@ -146,19 +146,21 @@ def open_image(
     image_format: Literal["raw"] | None = None,
     cache: Literal["none", "page"] = "none",
     topology: Topology | None = None,
+    reach: str | None = None,
 ) -> Image:
     """Open an image read-only, fsync it, and refuse what cannot be one.
 
     `image_format` "raw" takes the bytes as they are, whatever their magic says. `cache` "none"
     asks for O_DIRECT and goes on without, with a warning, where the filesystem has none; "page"
-    reads through the page cache. Raises UbiError; then nothing is open and nothing is changed.
+    reads through the page cache. `reach` is where it is opened, where `path`, by which it is
+    spoken of, is out of reach. Raises UbiError; then nothing is open and nothing is changed.
     """
     check_path("image", path)
     topology = topology or Topology()
     try:
         # before the open, as opening a character device may do something
-        check_kind("image", path, os.stat(path).st_mode)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        check_kind("image", path, os.stat(reach or path).st_mode)
+        fd = os.open(reach or path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise open_failure("image", path, error) from None
     try:

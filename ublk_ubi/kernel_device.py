@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from ublk_ubi import node
 from ublk_ubi.abi import ZERO_COPY, DevState, Feature
+from ublk_ubi.config import resolve_owner
 from ublk_ubi.control import Control, ControlError
 from ublk_ubi.device_params import AddParams, DeviceParams, DiscardLimits
 from ublk_ubi.errors import Exit, UbiError
@@ -51,6 +52,9 @@ class KernelDevice:
         self.info: DevInfo
         self._options = options
         self._gone = False
+        # While names of users, and udev, are within reach (sandbox.py).
+        self._owner = resolve_owner(options.owner) if options.owner is not None else (-1, -1)
+        self._udev: node.Udev
         if options.data_path == "zero-copy" and ZERO_COPY not in self.features:
             raise UbiError(
                 "--data-path zero-copy: this kernel's ublk driver has none (Linux 6.16 has): drop "
@@ -82,6 +86,7 @@ class KernelDevice:
 
         A helper that died, or is late, may have made a device and not have told of it.
         """
+        self._udev = node.Udev()
         try:
             self._make(stripe_bytes)
         except UbiError:
@@ -238,10 +243,10 @@ class KernelDevice:
         if self.recovered:
             self.control.end_user_recovery(self.info.id, os.getpid(), timeout_s=START_TIMEOUT_S)
             return
-        with node.Udev() as udev:
+        with self._udev as udev:
             self.control.start_dev(self.info.id, os.getpid(), timeout_s=START_TIMEOUT_S)
             try:
-                node.give(self.info.disk_path, self._options.owner, self._options.mode, udev)
+                node.give(self.info.disk_path, self._owner, self._options.mode, udev)
             except BaseException:
                 self.stop_quietly()
                 raise
@@ -270,8 +275,24 @@ class KernelDevice:
             self.control.stop_dev(self.info.id)
             self._gone = True
 
-    def in_use(self) -> bool:
-        """Whether somebody has the disk open."""
+    def in_use(self, patience_s: float) -> bool:
+        """Whether somebody has the disk open or mounted, and not for a moment only, as udev does.
+
+        What cannot be told is taken for it.
+        """
+        deadline = time.monotonic() + patience_s
+        try:
+            device = os.stat(self.info.disk_path).st_rdev
+            while not self.claimed() and self.control.openers(device):
+                if time.monotonic() >= deadline:
+                    return True
+                time.sleep(_RETRY_S)
+            return self.claimed()
+        except (OSError, UbiError):
+            return True
+
+    def claimed(self) -> bool:
+        """Whether somebody has the disk for himself: mounted, or opened exclusively."""
         try:
             os.close(os.open(self.info.disk_path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
         except OSError as error:
@@ -292,7 +313,7 @@ class KernelDevice:
                     raise busy from None
                 raise
             self._gone = True
-        elif self.in_use():
+        elif self.claimed():
             raise busy
 
     def stop_quietly(self) -> None:

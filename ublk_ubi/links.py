@@ -42,6 +42,7 @@ def publish_link(name: str, dev_id: int) -> str:
     folder = os.path.join(device_root(), "ublk-ubi")
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o755)
+        os.chmod(folder, 0o755)  # whatever this process's umask is: links are for everybody
     try:
         folder_fd = os.open(folder, _FOLDER)
     except OSError as error:

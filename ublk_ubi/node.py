@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from ublk_ubi.config import resolve_owner
 from ublk_ubi.errors import UbiError
 
 if TYPE_CHECKING:
@@ -90,12 +89,14 @@ def is_about(message: bytes, path: str) -> bool:
     return f"DEVNAME={path}".encode() in message[start : start + length].split(b"\0")
 
 
-def give(path: str, owner: str | None, mode: int, udev: Udev) -> None:
-    """Make the node somebody's (None: as it is), also when udev has been there. Raises UbiError."""
-    ids = resolve_owner(owner) if owner is not None else (-1, -1)
+def give(path: str, ids: tuple[int, int], mode: int, udev: Udev) -> None:
+    """Make the node somebody's (uid, gid; -1: as it is), also when udev has been there.
+
+    Raises UbiError.
+    """
     try:
         _set(path, ids, mode)
-        if owner is None and mode == DEFAULT_MODE:
+        if ids == (-1, -1) and mode == DEFAULT_MODE:
             return  # as udev has it, but for a group of its choice
         wanted = _look(path)
         udev.wait_for(path)

@@ -57,3 +57,14 @@ class DeviceOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
     owner: str | None = None
     mode: int = 0o660
     fence_timeout_s: float = 30.0
+
+
+def continued(options: DeviceOptions, name: str) -> DeviceOptions:
+    """Return the options with which another daemon goes on.
+
+    What made or changed the base was done once; the disk is as large as the kernel has it.
+    """
+    return msgspec.structs.replace(
+        options, name=name, size=None, format=False, adopt=False, zero=False, keep_old_data=False,
+        force_stale=False,
+    )

@@ -18,7 +18,7 @@ import msgspec
 from ublk_ubi import rpc, runtime, systemd
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.launch import Ready, start_daemon
-from ublk_ubi.options import DeviceOptions
+from ublk_ubi.options import DeviceOptions, continued
 from ublk_ubi.table import VERSION as TABLE_VERSION
 
 if TYPE_CHECKING:
@@ -35,8 +35,9 @@ def options_of(device: Device) -> DeviceOptions:
     """Return what a device was made of, as its next daemon needs it. Raises UbiError."""
     path = os.path.join(device.folder, "options.json")
     try:
-        with open(path, "rb") as file:
-            options = msgspec.json.decode(file.read(), type=DeviceOptions)
+        options = msgspec.json.decode(
+            runtime.read_of(device, "options.json"), type=DeviceOptions,
+        )
     except FileNotFoundError:
         raise UbiError(
             f"{device.name} was never live: clear it up with `ublk-ubi del {device.name}`",
@@ -47,11 +48,7 @@ def options_of(device: Device) -> DeviceOptions:
         raise UbiError(
             f"{path} is of another version of ublk-ubi ({error}): use that one for {device.name}",
         ) from None
-    # What made or changed the base was done once; the disk is as large as the kernel has it.
-    return msgspec.structs.replace(
-        options, name=device.name, size=None, format=False, adopt=False, zero=False,
-        keep_old_data=False, force_stale=False,
-    )
+    return continued(options, device.name)
 
 
 def recover(

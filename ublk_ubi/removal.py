@@ -129,16 +129,6 @@ def user_of(path: str) -> Use | None:
     return None
 
 
-def is_used(path: str, patience_s: float) -> bool:
-    """Tell whether somebody has a disk open or mounted, and not for a moment only, as udev does."""
-    deadline = time.monotonic() + patience_s
-    while (use := user_of(path)) is not None:
-        if not use.may_pass or time.monotonic() >= deadline:
-            return True
-        time.sleep(_POLL_S)
-    return False
-
-
 def clear_dead(device: Device, *, force: bool, timeout_s: float) -> None:
     """Remove what a dead daemon left.
 

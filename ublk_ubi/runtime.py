@@ -42,7 +42,7 @@ NAME_RULE = "1 to 64 of letters, digits, '_', '.' and '-', the first a letter or
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FLOCK = "hhqqi4x"  # struct flock of a 64-bit kernel: type, whence, start, length, pid
-_MAX_FILE = 1 << 20  # bytes; more than that in a folder of ours was not written by us
+_MAX_FILE = (1 << 20) + 4096  # bytes; more than that in a folder of ours was not written by us
 _MAX_NAMES = 1 << 16
 
 
@@ -178,12 +178,21 @@ def run_root() -> str:
 
 def tables_dir() -> str:
     """Give the folder of the table files, made if need be (mode 0700); no name collides with it."""
+    return _own_folder(".tables")
+
+
+def mount_point() -> str:
+    """Give an empty folder that daemons mount their own root on, each in a namespace of its own."""
+    return _own_folder(".root")
+
+
+def _own_folder(name: str) -> str:
     root_fd = _open_root(create=True)
     try:
         with contextlib.suppress(FileExistsError):
-            os.mkdir(".tables", 0o700, dir_fd=root_fd)
-        path = os.path.join(run_root(), ".tables")
-        os.close(_open_folder(root_fd, ".tables", path))
+            os.mkdir(name, 0o700, dir_fd=root_fd)
+        path = os.path.join(run_root(), name)
+        os.close(_open_folder(root_fd, name, path))
     finally:
         os.close(root_fd)
     return path
@@ -284,6 +293,28 @@ def write_trouble(device: Device, reason: str) -> None:
                 file.write(reason + "\n")
         finally:
             os.close(dir_fd)
+
+
+def read_of(device: Device, name: str) -> bytes:
+    """Read a file in a device's folder. Raises OSError; UbiError for a folder that is not ours."""
+    root_fd = _open_root(create=False)
+    try:
+        dir_fd = _open_folder(root_fd, device.name, device.folder)
+    finally:
+        os.close(root_fd)
+    try:
+        return _read_file(dir_fd, name)
+    finally:
+        os.close(dir_fd)
+
+
+def open_in_root(name: str, flags: int) -> int:
+    """Open or make a file (mode 0600) beside the devices' folders. Raises OSError, UbiError."""
+    root_fd = _open_root(create=True)
+    try:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=root_fd)
+    finally:
+        os.close(root_fd)
 
 
 def clear_trouble(device: Device) -> None:

@@ -6,6 +6,10 @@
     down    STOP_DEV → queues end → hydrator commits → base closed → DEL_DEV → link and name go
     leave   requests under way end → threads end → all files closed; disk, link and name stay
 
+Before threads start and once the disk is live the process shuts itself in (sandbox.py): then no
+file of the host can be opened any more. One that takes back what it has left (`before`) reaches
+image and base by what it kept of them.
+
 Invariants
 - What can be refused is refused before the first write to the base.
 - Whatever fails on the way up is undone, in reverse: no device, no link, no name, no new file left.
@@ -26,7 +30,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ublk_ubi import links, new_base, runtime, udev, zeroing
+from ublk_ubi import links, new_base, runtime, udev
 from ublk_ubi._device import DataPlane
 from ublk_ubi._opener import Opener, Refused
 from ublk_ubi.base import Base, open_base
@@ -34,13 +38,16 @@ from ublk_ubi.bounds import required_block_size
 from ublk_ubi.control import Control, ControlError, ControlTimeout
 from ublk_ubi.cpus import usable_cpus
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.files import shown, size_of, size_text
+from ublk_ubi.faults import Faults, errors_of
+from ublk_ubi.files import shown, size_text
 from ublk_ubi.hydration import Hydration
 from ublk_ubi.image import FINGERPRINT_SIZE, Image, fingerprint, open_image
 from ublk_ubi.kernel_device import SECTOR, START_TIMEOUT_S, KernelDevice
+from ublk_ubi.log import warn
 from ublk_ubi.options import MAX_STRIPE_SIZE, METADATA_SIZE
 from ublk_ubi.refusals import explain, not_yet_forced
 from ublk_ubi.removal import delete_kernel_device, find_kernel_device, user_of
+from ublk_ubi.sandbox import Sandbox, reachable
 from ublk_ubi.signals import signals_wait
 from ublk_ubi.systemd import own_unit
 from ublk_ubi.table import TableHost, boot_id
@@ -62,10 +69,12 @@ class Session(TableHost):
     """A device being brought up, live, or being taken down. Not thread-safe: one caller at a time.
 
     `notice` gets lines that are worth telling on the way up. `control` is there already, or opened.
+    `before` is the session of this process that left the disk.
     """
 
     def __init__(
         self, options: DeviceOptions, notice: Callable[[str], None], control: Control | None = None,
+        before: Session | None = None,
     ) -> None:
         super().__init__(runtime.tables_dir())
         self.options = options
@@ -89,6 +98,9 @@ class Session(TableHost):
         self._undo = contextlib.ExitStack()
         self._ublkc = -1
         self._missing: UbiError | None = None
+        self._before = before
+        self.sandbox: Sandbox = before.sandbox if before else Sandbox(notice)
+        self.reach: dict[str, str] = before.reach if before else {}
         self._cpus: list[int] = []
         self._hydrator_cpus: list[int] = []
 
@@ -128,8 +140,10 @@ class Session(TableHost):
         if taken_over:
             self._keep_geometry()
         self._open_base()
+        self.sandbox.enter()
         self._start_threads()
         self._go_live()
+        self.sandbox.close(self.device.control, self.info)
         self.upkeep.start()
         self._undo.callback(self.upkeep.stop)
         if options.hydrate:
@@ -199,6 +213,7 @@ class Session(TableHost):
             fence_timeout_s=options.fence_timeout_s,
             holder=self._other_holder,
             notice=self._notice,
+            reach=self.reach.get("base"),
         )
         self._undo.callback(self.base.discard_if_created)
         needed = required_block_size(self.image, self.base)
@@ -220,11 +235,12 @@ class Session(TableHost):
     def _open_image(self) -> None:
         """Open the image. A base that has all of it needs none: its metadata will tell."""
         options = self.options
-        if options.image is None:
+        if options.image is None or (self._before and "image" not in self.reach):
             return
         try:
             self.image = open_image(
                 options.image, image_format=options.image_format, cache=options.image_cache,
+                reach=self.reach.get("image"),
             )
         except UbiError as error:
             if os.path.lexists(options.image) or not os.path.exists(options.base):
@@ -316,7 +332,13 @@ class Session(TableHost):
         self.hydration = Hydration(
             self.plane, rate=self.options.rate, min_free=self.options.min_free,
         )
-        self.upkeep = Upkeep(self.plane, self.hydration, self.image, self.base, self._notice)
+        faults = Faults(warn, time.monotonic)
+        self.upkeep = Upkeep(
+            self.plane, self.hydration, self.image, self.base, warn,
+            faults=lambda: faults.look(
+                errors_of(self.plane.io(), self.plane.counters()), self.degraded(),
+            ),
+        )
 
     def _go_live(self) -> None:
         self._was_seen = True
@@ -407,39 +429,9 @@ class Session(TableHost):
         self.base.sync_folder()
         self.drop_tables_of(self.base.identity.device, self.base.identity.number)
 
-    def grow(self, size: int | None, *, keep_old_data: bool) -> int:
-        """Make the disk as large as its base, which is grown to `size` first if that is told.
-
-        Returns the new size in bytes. Raises UbiError; then the disk is as it was. May take long on
-        a block device that does not zero by itself.
-        """
-        base = self.base
-        if size is not None and METADATA_SIZE + size > size_of(base.fd):
-            base.grow(METADATA_SIZE + size)
-        found = (size_of(base.fd) - METADATA_SIZE) // self.block_size * self.block_size
-        wanted = found if size is None else size
-        if wanted % self.block_size:
-            raise UbiError(
-                f"--size {wanted} is no multiple of the disk's blocks of {self.block_size} bytes: "
-                f"use {wanted // self.block_size * self.block_size}",
-                Exit.USAGE,
-            )
-        if not self.size <= wanted <= found:
-            way_out = (f"grow {shown(base.path)} first" if wanted > found
-                       else "a disk can grow, not shrink")
-            raise UbiError(
-                f"{self.claim.name} has {size_text(self.size)}, its base room for "
-                f"{size_text(found)}: it cannot have {size_text(wanted)}; {way_out}",
-            )
-        if wanted > self.size:
-            if base.is_block and not keep_old_data:
-                zeroing.zero(base.fd, METADATA_SIZE + self.size, wanted - self.size, is_block=True)
-            self.plane.grow(wanted)
-            self.device.resize(wanted)
-            self.size = wanted
-            base.size = size_of(base.fd)
-            self.claim.write_state(self._state(live=True))
-        return self.size
+    def record_state(self) -> None:
+        """Tell the world what the device is by now."""
+        self.claim.write_state(self._state(live=True))
 
     # ---- down -------------------------------------------------------------------------------
 
@@ -483,9 +475,14 @@ class Session(TableHost):
             time.sleep(0.002)
         self._quit_threads()
         self._close_ublkc()
+        self._keep_within_reach()
         self._close_files()
-        self.device.control.close()
         self.claim.abandon()
+
+    def _keep_within_reach(self) -> None:
+        """Keep image and base so that they can be opened again; neither lock nor claim stays."""
+        files = {"base": self.base.fd, "image": self.image.fd if self.image else -1}
+        self.reach = {what: reachable(fd) for what, fd in files.items() if fd >= 0}
 
     def finish(self) -> UbiError | None:
         """After the disk is gone: commit, close the base, remove every trace.

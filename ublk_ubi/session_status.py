@@ -71,6 +71,7 @@ def describe(session: Session, state: str) -> dict[str, Any]:
             "needed": (stripes["total"] - stripes["hydrated"]) * stripe_size,
         },
         "memory": private_bytes(),
+        "sandbox": session.sandbox.state,
         "io": plane.io(),
         **counters,
         "uptime_s": round(time.monotonic() - session.started_at, 3),

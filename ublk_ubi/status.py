@@ -103,6 +103,21 @@ class Commit(msgspec.Struct):
     pages: int = 0
 
 
+class Confinement(msgspec.Struct):
+    """How far a daemon is shut in (sandbox.py); what a kernel did not grant is false.
+
+    `root`: in a minimal one. `capabilities`: what its main thread keeps, null for all that it was
+    started with. `helper`: the process that talks to the ublk driver is shut in as well.
+    """
+
+    root: bool = False
+    capabilities: list[str] | None = None
+    seccomp: bool = False
+    helper: bool = False
+    memory_locked: bool = False
+    oom_score_adj: int | None = None
+
+
 class Status(msgspec.Struct, kw_only=True):
     """A device. Sizes are bytes; `degraded` is the reason, null for a sound one."""
 
@@ -134,6 +149,7 @@ class Status(msgspec.Struct, kw_only=True):
     stripes: Stripes | None = None
     space: Space | None = None
     memory: int | None = None
+    sandbox: Confinement | None = None
     io: Io | None = None
     cold_reads: int | None = None
     fallbacks: int | None = None

@@ -23,6 +23,7 @@ import ctypes
 import enum
 import errno
 import fcntl
+import functools
 import mmap
 import os
 import struct
@@ -292,6 +293,7 @@ def _remove(path: str) -> None:
         os.close(fd)
 
 
+@functools.cache
 def boot_id() -> bytes:
     """Return the id of this boot, 16 bytes (Documentation/admin-guide/sysctl/kernel.rst)."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:

@@ -13,9 +13,10 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ublk_ubi import daemon, recovery
+from ublk_ubi import daemon, hygiene, recovery
 from ublk_ubi.config import build_options, load_config
 from ublk_ubi.errors import Exit, UbiError
+from ublk_ubi.log import log
 from ublk_ubi.runtime import check_name
 from ublk_ubi.systemd import CONFIG_FOLDER
 
@@ -56,7 +57,7 @@ def serve(name: str, folder: str = CONFIG_FOLDER) -> int:
         except UbiError as error:
             if error.code != Exit.NO_DEVICE:
                 raise
-            daemon.log(error.message)
+            log(error.message)
     return daemon.run(options, _announce)
 
 
@@ -68,12 +69,14 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the unit's main process."""
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 1:
-        daemon.log("usage: python -m ublk_ubi.unit NAME")
+        log("usage: python -m ublk_ubi.unit NAME")
         return Exit.USAGE
+    hygiene.close_inherited()
+    hygiene.settle(log)
     try:
         return serve(arguments[0])
     except UbiError as error:
-        daemon.log(error.message)
+        log(error.message)
         return error.code
 
 

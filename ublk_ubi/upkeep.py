@@ -25,7 +25,7 @@ class Upkeep:
 
     `image_problem` tells, once and for all, that the image is not what it was; `allocated` is how
     many bytes of storage the base takes, `free` how many its filesystem has left: None where
-    nobody can tell, or there is none.
+    nobody can tell, or there is none. `faults` tells what has failed (faults.py).
     """
 
     def __init__(
@@ -35,6 +35,8 @@ class Upkeep:
         image: Image | None,
         base: Base,
         report: Callable[[str], None],
+        *,
+        faults: Callable[[], None] = lambda: None,
     ) -> None:
         self.image_problem: str | None = None
         self.allocated: int | None = None
@@ -44,6 +46,7 @@ class Upkeep:
         self._image = image
         self._base = base
         self._report = report
+        self._look_at_faults = faults
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ubi-upkeep", daemon=True)
 
@@ -64,6 +67,7 @@ class Upkeep:
         while True:
             self.look_at_space()
             self.look_at_image()
+            self._look_at_faults()
             if self._end.wait(PERIOD_S):
                 return
 

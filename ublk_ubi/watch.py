@@ -20,8 +20,9 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from ublk_ubi import runtime
+from ublk_ubi import hygiene, runtime
 from ublk_ubi.launch import environment, let_go
+from ublk_ubi.log import log, standard
 from ublk_ubi.systemd import scope
 
 if TYPE_CHECKING:
@@ -37,10 +38,7 @@ LINGER_S = 5.0
 
 def lock() -> int | None:
     """Become the one watch of this host; its lock, or None when there is one already."""
-    fd = os.open(
-        os.path.join(runtime.run_root(), ".watch.lock"),
-        os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
-    )
+    fd = runtime.open_in_root(".watch.lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -64,9 +62,8 @@ def start_in_background(name: str) -> None:
     if fd is None:
         return
     os.close(fd)
-    log_fd = os.open(
-        os.path.join(runtime.run_root(), ".watch.log"),
-        os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600,
+    log_fd = runtime.open_in_root(
+        ".watch.log", os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND,
     )
     try:
         let_go(subprocess.Popen(
@@ -171,8 +168,7 @@ class Watch:
 def last_line(device: Device) -> str:
     """Quote the last line of a device's log."""
     try:
-        with open(os.path.join(device.folder, "log"), "rb") as file:
-            lines = file.read()[-4096:].decode(errors="replace").split("\n")
+        lines = runtime.read_of(device, "log")[-4096:].decode(errors="replace").split("\n")
     except OSError:
         lines = []
     return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")[:400]
@@ -180,18 +176,17 @@ def last_line(device: Device) -> str:
 
 def main() -> int:
     """Run in the background until there is nothing to watch."""
-    def report(message: str) -> None:
-        with contextlib.suppress(OSError):
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), message, flush=True)
-
+    standard().keep_bounded()
+    hygiene.close_inherited()
+    hygiene.settle(log)
     while True:
         fd = lock()
         if fd is None:
             return 0
-        Watch(report).run()
+        Watch(log).run()
         os.close(fd)
         # Who added a disk while the lock was held relies on this look.
-        if not Watch(report).look():
+        if not Watch(log).look():
             return 0
 
 

@@ -30,8 +30,8 @@ from ublk_ubi._ring cimport (
     ring_op_done, ring_register_requests, ring_ublk,
 )
 from ublk_ubi._uring cimport (
-    PR_SET_IO_FLUSHER, PR_SET_NAME, io_uring_cq_advance, io_uring_cqe, io_uring_peek_batch_cqe,
-    now_ns, prctl, pread, pwrite,
+    PR_SET_IO_FLUSHER, PR_SET_NAME, drop_capabilities, io_uring_cq_advance, io_uring_cqe,
+    io_uring_peek_batch_cqe, now_ns, prctl, pread, pwrite,
 )
 
 cdef extern from "<sys/eventfd.h>" nogil:
@@ -61,6 +61,8 @@ cdef bint set_up(ThreadBase* base, Doorbell* bell, uint32_t entries) noexcept no
     if status < 0:
         tell(base, THREAD_FAILED, status)
         return False
+    # A ring may be for the privileged (io_uring_disabled = 1); what is done with it is not.
+    drop_capabilities()
     base.ring.base_is_block = base.device.base_is_block
     base.ring.block = base.device.block
     base.ring.zeros = base.device.zeros

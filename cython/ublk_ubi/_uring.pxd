@@ -77,11 +77,13 @@ cdef extern from "<liburing.h>" nogil:
 
 cdef extern from *:
     """
+    #include <linux/capability.h>
     #include <linux/falloc.h>
     #include <string.h>
     #include <sys/ioctl.h>
     #include <sys/mman.h>
     #include <sys/prctl.h>
+    #include <sys/syscall.h>
     #include <sys/uio.h>
     #include <time.h>
     #include <unistd.h>
@@ -105,6 +107,12 @@ cdef extern from *:
         memcpy(sqe->cmd, &length, sizeof(length));
     }
     static inline void ubi_sqe_set_dsync(struct io_uring_sqe *sqe) { sqe->rw_flags = RWF_DSYNC; }
+    static inline void ubi_drop_capabilities(void)
+    {
+        struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+        struct __user_cap_data_struct none[_LINUX_CAPABILITY_U32S_3] = {{0, 0, 0}};
+        syscall(SYS_capset, &header, none);
+    }
     static inline uint64_t ubi_now_ns(void)
     {
         struct timespec ts;
@@ -115,6 +123,7 @@ cdef extern from *:
     void sqe_set_dsync "ubi_sqe_set_dsync"(io_uring_sqe* sqe) noexcept nogil
     void prep_discard "ubi_prep_discard"(io_uring_sqe* sqe, int fd, uint64_t start,
                                          uint64_t length) noexcept nogil
+    void drop_capabilities "ubi_drop_capabilities"() noexcept nogil   # of this thread, all
     uint64_t now_ns "ubi_now_ns"() noexcept nogil
     long pread(int fd, void* buffer, size_t length, uint64_t offset) noexcept nogil
     long pwrite(int fd, const void* buffer, size_t length, uint64_t offset) noexcept nogil

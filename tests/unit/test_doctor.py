@@ -174,6 +174,28 @@ def test_io_uring(disabled, error, status):
     assert (check.status, bool(check.advice)) == (status, status == "fail")
 
 
+ROOT_MOUNT = "27 1 254:0 / / rw,relatime - ext4 /dev/vda rw"
+
+
+@pytest.mark.parametrize(
+    ("actions", "mountinfo", "namespaces", "missing"),
+    [
+        ("kill_process trap errno log allow", ROOT_MOUNT, True, None),
+        (None, ROOT_MOUNT, True, "seccomp"),
+        ("errno allow", ROOT_MOUNT, False, "pivot_root"),
+        ("errno allow", "1 1 0:2 / / rw - rootfs rootfs rw", True, "pivot_root"),
+        ("errno allow", "27 1 254:0 / /proc rw - proc proc rw", True, "pivot_root"),
+    ],
+    ids=["all", "no seccomp", "no namespaces", "initramfs", "chroot"],
+)
+def test_what_daemons_can_shut_themselves_in_with(actions, mountinfo, namespaces, missing):
+    check = doctor.check_sandbox(actions, mountinfo, namespaces=namespaces)
+    assert check.status == ("ok" if missing is None else "warn")
+    assert (missing or "seccomp") in check.found
+    assert bool(check.advice) == (missing is not None)
+
+
+
 def test_limits():
     few = doctor.check_limits(8 << 20, 256, 0)
     assert [check.status for check in few] == ["warn", "warn"]

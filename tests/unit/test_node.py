@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ublk_ubi import node
+from ublk_ubi.config import resolve_owner
 from ublk_ubi.errors import UbiError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def test_the_last_word_is_ours(
     thread = udev_comes(device, begun)
     with node.Udev(control) as udev:
         begun.set()
-        node.give(device, owner, mode, udev)
+        node.give(device, resolve_owner(owner) if owner else (-1, -1), mode, udev)
     thread.join()
     assert found(device)[::2] == expected[::2]
     if owner is not None:
@@ -93,7 +94,7 @@ def test_the_last_word_is_ours(
 def test_who_asks_for_nothing_does_not_wait(device: str, control: Path) -> None:
     with node.Udev(control) as udev:
         began = time.monotonic()
-        node.give(device, None, 0o660, udev)
+        node.give(device, (-1, -1), 0o660, udev)
     assert time.monotonic() - began < node.WAIT_S / 2
     assert found(device) == (0, 0, 0o660)
 
@@ -101,7 +102,7 @@ def test_who_asks_for_nothing_does_not_wait(device: str, control: Path) -> None:
 def test_without_a_udev_nobody_waits(device: str, tmp_path: Path) -> None:
     with node.Udev(tmp_path / "none") as udev:
         began = time.monotonic()
-        node.give(device, str(NOBODY), 0o600, udev)
+        node.give(device, (NOBODY, -1), 0o600, udev)
     assert time.monotonic() - began < node.WAIT_S / 2
     assert found(device) == (NOBODY, 0, 0o600)
 
@@ -125,5 +126,5 @@ def test_words_about_something_else(words: bytes) -> None:
 
 def test_a_node_that_is_gone(tmp_path: Path) -> None:
     with node.Udev(tmp_path / "none") as udev, pytest.raises(UbiError) as caught:
-        node.give(str(tmp_path / "ublkb9"), None, 0o600, udev)
+        node.give(str(tmp_path / "ublkb9"), (-1, -1), 0o600, udev)
     assert os.strerror(errno.ENOENT) in str(caught.value)

@@ -229,9 +229,12 @@ def _run_here(options: DeviceOptions, *, as_json: bool) -> int:
     """Be the daemon; its own errors come as they are."""
     import msgspec
 
-    from ublk_ubi import daemon
+    from ublk_ubi import daemon, hygiene
     from ublk_ubi.launch import Ready
+    from ublk_ubi.log import log
 
+    hygiene.close_inherited()
+    hygiene.settle(log)
     failed: list[Ready] = []
 
     def ready(answer: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from ublk_ubi.cli.common import one_line, print_table, say
 from ublk_ubi.sizes import format_size, human_size
 
 if TYPE_CHECKING:
-    from ublk_ubi.status import IoCounters, Space, Status
+    from ublk_ubi.status import Confinement, IoCounters, Space, Status
 
 _COLOURS = {"live": "green", "starting": "yellow", "stopping": "yellow", "dead": "red"}
 _LABEL = 12  # columns
@@ -176,8 +176,23 @@ def _render_progress(status: Status) -> None:
         _line("up", span(status.uptime_s))
 
 
+def _missing(sandbox: Confinement) -> list[str]:
+    """Name what the kernel did not grant of a daemon's sandbox."""
+    parts = [
+        (sandbox.root, "a minimal root"),
+        (sandbox.capabilities is not None, "fewer capabilities"),
+        (sandbox.seccomp, "seccomp"),
+        (sandbox.helper, "a confined helper"),
+        (sandbox.memory_locked, "locked memory"),
+        ((sandbox.oom_score_adj or 0) < 0, "protection from the OOM killer"),
+    ]
+    return [what for granted, what in parts if not granted]
+
+
 def _render_costs(status: Status) -> None:
     """Print what it takes of the host."""
+    if status.sandbox is not None and (missing := _missing(status.sandbox)):
+        _line("sandbox", click.style(f"without {', '.join(missing)}", fg="yellow"))
     space = status.space
     if space is not None:
         parts = [f"{human_size(space.allocated)} allocated"] if space.allocated is not None else []

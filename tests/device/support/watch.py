@@ -68,7 +68,7 @@ def inventory() -> set[str]:
     things |= _disks()
     things |= _processes()
     return things - {
-        "/dev/ublk-ubi", "/run/ublk-ubi/.tables", "/run/ublk-ubi/.udev",
+        "/dev/ublk-ubi", "/run/ublk-ubi/.tables", "/run/ublk-ubi/.udev", "/run/ublk-ubi/.root",
         "/run/ublk-ubi/.watch.lock", "/run/ublk-ubi/.watch.log",
         "/sys/kernel/config/nullb/features",
     }
