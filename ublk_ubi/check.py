@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from ublk_ubi import metadata, runtime
 from ublk_ubi.errors import UbiError
-from ublk_ubi.files import open_failure, shown, size_of
+from ublk_ubi.files import check_kind, open_failure, shown, size_of
 from ublk_ubi.image import fingerprint
 from ublk_ubi.inspect import Inspection, inspect_base
 from ublk_ubi.options import MAX_STRIPES, METADATA_SIZE
@@ -65,6 +65,17 @@ def check_base(
     `stripe_size` is for a disk of bdev_ubi's that does not record its own. `progress` hears how
     many of how many hydrated stripes are compared. Raises UbiError for what cannot be looked at.
     """
+    try:
+        return _check(path, image, stripe_size, progress)
+    except OSError as error:
+        raise UbiError(
+            f"base {shown(path)} cannot be checked: {error.strerror}; see `dmesg` for its disk",
+        ) from None
+
+
+def _check(
+    path: str, image: str | None, stripe_size: int | None, progress: Callable[[int, int], None],
+) -> Checked:
     found = inspect_base(path)
     result = Checked(path=found.path, kind=found.kind)
     if found.kind not in ("ublk-ubi", "bdev_ubi"):
@@ -177,6 +188,7 @@ def _compare(
             f"base {shown(stripes.path)} does not record its stripe size: give --stripe-size",
         )
     try:
+        check_kind("image", image, os.stat(image).st_mode)
         image_fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise open_failure("image", image, error) from None
