@@ -104,29 +104,33 @@ def test_a_mother_that_is_gone_is_told(mother: AgentProcess) -> None:
         mother.fork(soon())
 
 
+def asks(opened: Control) -> None:
+    """A command; what comes of it is no matter."""
+    with contextlib.suppress(ControlError):
+        opened.stop_dev(1)
+
+
 def test_a_control_that_is_confined_forks() -> None:
-    """… for each command that has no idle agent, and collects what it closes."""
+    """… for each command that has no idle agent; one that dies of two costs nothing."""
     with Control(agent_command=default_command("/dev/null")) as opened:
         with contextlib.suppress(OSError):  # what a sandbox of this test's own refuses
             opened.confine(join=False)
-        mother = opened._mother
-        assert mother is not None
-        for _ in range(3):
-            with contextlib.suppress(ControlError):
-                opened.stop_dev(1)
-        [idle] = opened._idle or []
-        assert idle.pid != mother.pid
-        os.kill(idle.pid, signal.SIGKILL)
-        wait_until_ended(idle.pid)
-        with contextlib.suppress(ControlError):
-            opened.stop_dev(1)
-        assert [agent.pid for agent in opened._idle or []] != [idle.pid]
-        os.kill(mother.pid, signal.SIGKILL)
-        wait_until_ended(mother.pid)
-        for agent in opened._idle or []:
-            os.kill(agent.pid, signal.SIGKILL)
-            wait_until_ended(agent.pid)
-        with pytest.raises(UbiError, match=f"helper \\(process {mother.pid}\\) has ended"):
+        for victim in ("idle", "mother", "idle", "mother"):
+            assert opened._mother is not None
+            if not opened._idle:
+                asks(opened)
+            [idle] = opened._idle or []
+            ended = idle if victim == "idle" else opened._mother
+            os.kill(ended.pid, signal.SIGKILL)
+            wait_until_ended(ended.pid)
+            asks(opened)
+            assert opened._mother.pid != ended.pid
+        asks(opened)
+        pids = [opened._mother.pid, *(agent.pid for agent in opened._idle or [])]
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            wait_until_ended(pid)
+        with pytest.raises(UbiError, match=r"helper \(process \d+\) has ended"):
             opened.stop_dev(1)
 
 
