@@ -21,6 +21,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from ublk_ubi import hygiene, runtime
+from ublk_ubi.errors import UbiError
 from ublk_ubi.launch import environment, let_go
 from ublk_ubi.log import log, standard
 from ublk_ubi.systemd import scope
@@ -169,7 +170,7 @@ def last_line(device: Device) -> str:
     """Quote the last line of a device's log."""
     try:
         lines = runtime.read_of(device, "log")[-4096:].decode(errors="replace").split("\n")
-    except OSError:
+    except (OSError, UbiError):
         lines = []
     return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")[:400]
 

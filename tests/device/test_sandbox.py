@@ -139,7 +139,8 @@ def test_what_a_daemon_sees_and_holds(
         r"/dev/null$", r"(/dev)?/ublkc\d+$", r"socket:", r"pipe:",
         r"anon_inode:\[(io_uring|event|pidfd)",
         rf"{re.escape(str(RUN_ROOT))}(/|$)", re.escape(image.path),
-        re.escape(device.options["base"]),
+        # The base got its name late.
+        rf"{re.escape(os.path.dirname(device.options['base']))}/(base$|#\d+ \(deleted\)$)",
     )
     held = [os.readlink(fd) for fd in Path(f"/proc/{device.pid}/fd").iterdir()]
     assert [path for path in held if not re.match("|".join(kinds), path)] == []
@@ -277,7 +278,7 @@ def test_it_takes_its_disk_back_from_within(
         with variant.in_use():
             outcome = ubi.command("upgrade", device.name)
         assert (outcome.code, "the old one goes on" in outcome.stderr) == (1, True), outcome
-        until(lambda: device.status()["state"] == "live", "the old daemon serves")
+        until(lambda: ubi.command("status", device.name).code == 0, "the old daemon serves")
         assert device.status()["pid"] == pid
         assert read(device, 3 * STRIPE) == b"w" * BLOCK
         assert read(device, 0) == image.content[:BLOCK]

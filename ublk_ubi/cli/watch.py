@@ -20,9 +20,10 @@ def command() -> int:
     another service manager. There is one at a time on a host. A daemon that dies five times in a
     minute is not started again: see `ublk-ubi status`.
     """
-    from ublk_ubi import runtime
+    from ublk_ubi import hygiene, runtime
     from ublk_ubi.watch import Watch, lock
 
+    hygiene.settle(notice)
     runtime.tables_dir()  # makes the folder where the lock lies
     if lock() is None:
         raise UbiError("another watch runs already: nothing to do", Exit.BUSY)
