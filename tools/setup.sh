@@ -7,7 +7,7 @@
 # not cached, makes .venv, builds the extension modules in place. Fast and silent when all is there;
 # else one line a step on stderr. Exits with 1, and says why, when something cannot be had.
 #
-# With SETUP_KERNEL=no no kernel is built.
+# With SETUP_KERNEL=no no kernel is built; with SETUP_MACHINE=yes the lab's Debian machine is made, too.
 #
 # Leaves behind
 #   the checkout's root as the current directory, and in ROOT
@@ -29,7 +29,9 @@ NEEDED="
     /usr/include/liburing.h=liburing-dev git=git flock=util-linux losetup=mount sfdisk=fdisk
     qemu-img=qemu-utils fio=fio mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs dmsetup=dmsetup
     systemd-analyze=systemd udevadm=udev
-    make=make flex=flex bison=bison bc=bc xz=xz-utils perl=perl"
+    make=make flex=flex bison=bison bc=bc xz=xz-utils perl=perl
+    debootstrap=debootstrap depmod=kmod
+    qemu-system-x86_64=qemu-system-x86 qemu-storage-daemon=qemu-system-common"
 
 say() { echo "setup: $*" >&2; }
 die() { say "$*"; exit 1; }
@@ -100,6 +102,20 @@ raise SystemExit(kernel.find(kernel.cache_folder()) is None)'
     trap 'kill $KERNEL_BUILD 2>/dev/null || true' EXIT
 }
 
+# The Debian machine: for tests of packaged kernels, systemd and VMs, which are skipped without it.
+make_machine() {
+    local python=$1 cached='from labkit import kernel, machine
+raise SystemExit(machine.find(kernel.cache_folder(), "newest") is None)'
+    [[ ${SETUP_MACHINE-no} == yes ]] || return 0
+    ! PYTHONPATH=tools "$python" -B -c "$cached" || return 0
+    if [[ $(id -u) != 0 ]]; then
+        say "no Debian machine for the tests that need one: run this as root once"
+        return 0
+    fi
+    say "making the lab's Debian machine (some minutes; log: build/machine.log)"
+    logged machine.log "$python" tools/lab --print machine
+}
+
 # The venv: what pyproject.toml names, the checkout as it is, the command.
 make_venv() {
     local python=$1 place stamp anew=()
@@ -161,6 +177,7 @@ setup() {
     install_packages
     python=$(find_python) || die "no Python of 3.11 or later here: install one"
     start_kernel_build "$python"
+    make_machine "$python"
     mkdir -p build
     (
         flock 9  # another call in this checkout may be at it

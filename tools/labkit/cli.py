@@ -10,16 +10,20 @@ import signal
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from . import guest, kernel, native
+from . import guest, kernel, machine, native
 from .errors import BROKEN, USAGE, LabError
+from .qemu import Qemu
 from .relay import ending_signals
+from .usermode import UserMode
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import FrameType
 
+    from .system import System
+
 SIZE = re.compile(r"(\d+)([KMGT]?)")
-PRINTABLE = ("kernel", "headers", "config", "version")
+PRINTABLE = ("kernel", "headers", "config", "version", "machine")
 
 EPILOG = """\
 In the guest: the machine's files, read-only; tmpfs on /tmp, /run, /var/tmp, /mnt, /dev/shm; and
@@ -28,11 +32,18 @@ In the guest: the machine's files, read-only; tmpfs on /tmp, /run, /var/tmp, /mn
   LAB_DISKS     the --disk devices in order, as "/dev/ubda /dev/ubdb"
 The first call builds the kernel (some minutes); --print kernel builds it and does nothing else.
 
+With --debian the guest is a machine of its own in QEMU, made of Debian's packages as the first
+such call finds them (root only; some minutes): the packaged kernel of Debian stable (6.12) or
+the newest of its backports, systemd, udev. It forgets what is written to its root; LAB_DISKS are
+/dev/vdb and on; this checkout, the Python in use and the current directory are to be seen.
+
 examples:
   tools/lab -- uname -r
   tools/lab --disk 1G -- sh -c 'mkfs.ext4 -q $LAB_DISKS && mount $LAB_DISKS /mnt && df -h /mnt'
   tools/lab --scratch out -- sh -c 'dmesg >$LAB_SCRATCH/dmesg'
   tools/lab --timeout 60 --keep -- pytest -p no:cacheprovider tests/device
+  tools/lab --debian stable -- systemctl list-units
+  tools/lab --debian newest --no-systemd --icount --cpus 1 -- sh -c 'time true'
   tools/lab -- bash            (at a terminal; Ctrl-] three times pulls the plug)
 
 exit status: COMMAND's own; 128+N when signal N ended it; 126, 127 when it cannot be run;
@@ -132,8 +143,12 @@ def _parser() -> _Parser:
         action="store_true",
         help="keep scratch folder, disks (as a power cut leaves them) and kernel messages",
     )
+    add("--debian", choices=sorted(machine.SUITES), help="boot a Debian machine in QEMU")
+    add("--no-systemd", action="store_true", help="with --debian: COMMAND and nothing else")
+    add("--icount", action="store_true",
+        help="with --debian: a clock that counts instructions; needs --cpus 1")  # fmt: skip
     add("--native", action="store_true", help="run COMMAND on this machine's own kernel instead")
-    add("--print", choices=PRINTABLE, help="print a path (or the version) of the kernel; build it")
+    add("--print", choices=PRINTABLE, help="print a path (or version); build what is not there")
     return parser
 
 
@@ -187,9 +202,13 @@ def _main(arguments: list[str]) -> int:
             options.scratch = _scratch(options.scratch)
         except argparse.ArgumentTypeError as error:
             parser.error(f"argument --scratch: {error}")
+    if (options.no_systemd or options.icount) and not options.debian:
+        parser.error("--no-systemd and --icount are for a Debian machine: add --debian newest")
+    if options.icount and options.cpus != 1:
+        parser.error("--icount counts on one processor: add --cpus 1")
     if options.native:
         return native.run(command, options.timeout, options.scratch, options.keep, report)
-    machine = guest.Machine(
+    asked = guest.Machine(
         command=command,
         cpus=options.cpus,
         memory=options.mem,
@@ -199,11 +218,20 @@ def _main(arguments: list[str]) -> int:
         keep=options.keep,
         show=options.show,
     )
-    built = kernel.find_or_build(report)
-    return guest.run(machine, built, kernel.find_or_build_init(report), report)
+    return guest.run(asked, _system(options), report)
+
+
+def _system(options: argparse.Namespace) -> System:
+    if options.debian:
+        made = machine.find_or_make(options.debian, report)
+        return Qemu(made, systemd=not options.no_systemd, icount=options.icount)
+    return UserMode(kernel.find_or_build(report), kernel.find_or_build_init(report))
 
 
 def _print(what: str) -> int:
+    if what == "machine":
+        sys.stdout.write(f"{machine.find_or_make('stable', report).folder}\n")
+        return 0
     built = kernel.find_or_build(report)
     values = {
         "kernel": built.program,

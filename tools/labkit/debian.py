@@ -19,7 +19,8 @@ from .errors import LabError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-SUITE = "trixie-backports"
+BACKPORTS = "trixie-backports"
+STABLE = "trixie"
 COMPONENT = "main"
 SOURCE_PACKAGE = re.compile(r"linux-source-(\d+)\.(\d+)")
 OLDEST = (7, 0)
@@ -177,7 +178,8 @@ def debian_entry(entries: Iterable[Entry], codename: str) -> Entry:
     return max(fitting, key=likeness)
 
 
-def _codename() -> str:
+def codename() -> str:
+    """Name this machine's release of Debian."""
     for line in Path("/etc/os-release").read_text().splitlines():
         if line.startswith("VERSION_CODENAME="):
             return line.partition("=")[2].strip('"')
@@ -188,9 +190,10 @@ def _codename() -> str:
 
 
 class Archive:
-    """Debian's backports, seen through lists and state of our own beneath `folder`."""
+    """One suite of Debian's, seen through lists and state of our own beneath `folder`."""
 
-    def __init__(self, folder: Path, log: Path) -> None:
+    def __init__(self, folder: Path, log: Path, suite: str = BACKPORTS) -> None:
+        self._suite = suite
         if shutil.which("apt-get") is None:
             raise LabError("no apt-get here: the lab's kernel is built from Debian's archive")
         self._folder = folder
@@ -198,8 +201,8 @@ class Archive:
         for sub in ("sources", "lists/partial", "cache/archives/partial"):
             (folder / sub).mkdir(parents=True)
         (folder / "status").touch()
-        entry = debian_entry(system_entries(), _codename())
-        lines = ["Types: deb", f"URIs: {entry.uri}", f"Suites: {SUITE}", f"Components: {COMPONENT}"]
+        entry = debian_entry(system_entries(), codename())
+        lines = ["Types: deb", f"URIs: {entry.uri}", f"Suites: {suite}", f"Components: {COMPONENT}"]
         lines += [f"{key.title()}: {value}" for key, value in entry.options]
         (folder / "sources/lab.sources").write_text("\n".join(lines) + "\n")
 
@@ -227,14 +230,18 @@ class Archive:
             )
         if result.returncode:
             raise LabError(
-                f"{command[0]} {command[1]} failed for suite {SUITE}: {last_line(self._log)} "
+                f"{command[0]} {command[1]} failed for suite {self._suite}: {last_line(self._log)} "
                 "(is the archive within reach?)"
             )
         return result.stdout.decode(errors="replace")
 
+    def update(self) -> None:
+        """Fetch the suite's lists."""
+        self._run("apt-get", "-o", "APT::Update::Error-Mode=any", "update")
+
     def newest_kernel_source(self) -> tuple[str, str]:
         """Return (package, version) of the newest kernel source that the suite offers."""
-        self._run("apt-get", "-o", "APT::Update::Error-Mode=any", "update")
+        self.update()
         listed = self._run("apt-cache", "search", "--names-only", "^linux-source-")
         best: tuple[tuple[int, int], str] | None = None
         for package in (line.split()[0] for line in listed.splitlines() if line.strip()):
@@ -243,7 +250,7 @@ class Archive:
                 if number >= OLDEST and (best is None or number > best[0]):
                     best = (number, package)
         if best is None:
-            raise LabError(f"suite {SUITE} offers no linux-source-7.x: the lab needs one")
+            raise LabError(f"suite {self._suite} offers no linux-source-7.x: the lab needs one")
         shown = self._run("apt-cache", "show", "--no-all-versions", best[1])
         version = re.search(r"^Version: (\S+)$", shown, re.MULTILINE)
         if version is None:
@@ -268,3 +275,28 @@ class Archive:
             raise LabError(f"cannot unpack {deb.name}: {last_line(self._log)}")
         deb.unlink()
         return into
+
+    def newest_kernel(self, architecture: str) -> tuple[str, list[str]]:
+        """Return the release of the suite's packaged kernel, and the packages that hold its files.
+
+        They are one (linux-image-RELEASE), or several (linux-base-, -binary-, -modules-RELEASE).
+        """
+        self.update()
+        shown = self._run("apt-cache", "show", "--no-all-versions", f"linux-image-{architecture}")
+        release = re.search(r"^Depends:.*?\blinux-image-(\d\S*)", shown, re.MULTILINE)
+        if release is None:
+            raise LabError(f"suite {self._suite} offers no linux-image-{architecture}")
+        pattern = f"^linux-.*-{re.escape(release[1])}$"
+        listed = self._run("apt-cache", "search", "--names-only", pattern)
+        names = {line.split()[0] for line in listed.splitlines() if line.strip()}
+        parts = {f"linux-{part}-{release[1]}" for part in ("base", "binary", "modules")}
+        return release[1], sorted(parts) if parts <= names else [f"linux-image-{release[1]}"]
+
+    def unpack(self, packages: Iterable[str], into: Path) -> None:
+        """Download packages (apt checks the signatures) and unpack them, without their scripts."""
+        for package in packages:
+            self._run("apt-get", "download", package, cwd=self._folder)
+            deb = next(self._folder.glob(f"{package}_*.deb"))
+            with self._log.open("ab") as log:
+                subprocess.run(["dpkg-deb", "-x", deb, into], stdout=log, stderr=log, check=True)
+            deb.unlink()

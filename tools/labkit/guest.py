@@ -3,10 +3,11 @@
     WORK/scratch      the scratch folder, unless the caller names one
     WORK/console.log  the guest's kernel messages
     WORK/disks/       the disks, when they are kept or too big for memory
-    WORK/guest/       a tmpfs that only the guest's process sees: its memory, disks, init, plan
+    WORK/guest/       a tmpfs that only the guest's process sees: its disks, its plan, and more
 
 WORK is a fresh temporary folder of the host. Processes: this one, which is the relay; the first
-process of a process namespace (`_first`), which builds the cage; the kernel, its child.
+process of a process namespace (`_first`), which builds the cage; its child, which is the guest:
+a kernel in user mode, or QEMU (labkit/system.py).
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from . import cage
 from .errors import BROKEN, TIMED_OUT, USAGE, LabError
 from .plan import Plan, Terminal
 from .relay import End, Outcome, Ports, Relay, ending_signals
+from .system import Lines, Spec
 
 if TYPE_CHECKING:
-    from .kernel import Kernel
+    from .system import System
 
 MIB = 1 << 20
 DISKS_MAX = 16
@@ -38,9 +40,6 @@ CPUS_MAX = 8
 MEMORY_MIN = 128 * MIB
 CONSOLE_LINES = 12
 CONSOLE_LINES_MAX = 40
-
-# RAM disks take memory as they are written; the 16 nbd devices of the default take time to make.
-MODULE_SETTINGS = ("brd.rd_nr=8", "brd.rd_size=4194304", "nbd.nbds_max=4")
 
 # What a kernel says when it is ill. The console log has these lines only from the kernel.
 COMPLAINT = re.compile(
@@ -86,22 +85,23 @@ class _Work:
         return os.path.join(self.scratch, "dmesg")
 
 
-def run(machine: Machine, kernel: Kernel, init: Path, report: Report) -> int:
+def run(machine: Machine, system: System, report: Report) -> int:
     """Run the command in a guest; return the exit status for the caller."""
     memory = _memory(machine.memory, report)
     in_memory = not machine.keep and memory + sum(machine.disks) <= _available() * 4 // 5
     with _work_folder(machine, in_memory, report) as work:
-        terminal = _terminal()
+        terminal = _terminal() if system.has_terminal else None
         plan = Plan(
             command=machine.command,
             cwd=_current_folder(),
             scratch=work.scratch,
-            disks=[f"/dev/ubd{chr(ord('a') + n)}" for n in range(len(machine.disks))],
+            disks=system.disk_nodes(len(machine.disks)),
             show=machine.show,
             terminal=terminal,
         )
-        size = memory + 64 * MIB + (sum(machine.disks) if in_memory else 0)
-        boot = _Boot(machine, kernel, init, work, plan.encode(), memory, size)
+        size = system.private_bytes + 64 * MIB + (sum(machine.disks) if in_memory else 0)
+        size += memory if system.memory_is_private else 0
+        boot = _Boot(machine, system, work, plan, memory, size)
         outcome = _boot_and_relay(boot, machine.seconds, terminal)
         return _conclude(outcome, machine, work, report)
 
@@ -234,16 +234,15 @@ class _Boot:
     """All that the guest's first process on the host needs to know."""
 
     machine: Machine
-    kernel: Kernel
-    init: Path
+    system: System
     work: _Work
-    plan: bytes
+    plan: Plan
     memory: int
     private_size: int
 
 
 @dataclass
-class _Lines:
+class _Pipes:
     """Pipes between the relay and the guest: (read end, write end) each."""
 
     out: tuple[int, int]
@@ -254,7 +253,7 @@ class _Lines:
     keys: tuple[int, int]
 
     @classmethod
-    def make(cls) -> _Lines:
+    def make(cls) -> _Pipes:
         return cls(*(os.pipe() for _ in range(6)))
 
     def host_ends(self) -> Ports:
@@ -273,7 +272,7 @@ class _Lines:
 
 
 def _boot_and_relay(boot: _Boot, seconds: float, terminal: Terminal | None) -> Outcome:
-    lines = _Lines.make()
+    lines = _Pipes.make()
     cage.separate()
     first = os.fork()
     if first == 0:
@@ -289,7 +288,7 @@ def _boot_and_relay(boot: _Boot, seconds: float, terminal: Terminal | None) -> O
         os.waitpid(first, 0)
 
 
-def _first(boot: _Boot, lines: _Lines) -> NoReturn:
+def _first(boot: _Boot, lines: _Pipes) -> NoReturn:
     """Be the first process of the namespace; never return into the caller's code."""
     try:
         cage.die_with_parent()
@@ -299,10 +298,10 @@ def _first(boot: _Boot, lines: _Lines) -> NoReturn:
         writable = [boot.work.scratch, *filter(None, [boot.work.disk_folder])]
         cage.enter(boot.work.private, boot.private_size, writable)
         disks = _make_private_files(boot)
-        kernel = os.fork()
-        if kernel == 0:
-            _become_kernel(boot, lines, console, disks)
-        while os.wait()[0] != kernel:
+        guest = os.fork()
+        if guest == 0:
+            _become_guest(boot, lines, console, disks)
+        while os.wait()[0] != guest:
             pass
     except BaseException as error:
         os.write(lines.control_up[1], f"fail {error}\n".encode())
@@ -311,9 +310,7 @@ def _first(boot: _Boot, lines: _Lines) -> NoReturn:
 
 def _make_private_files(boot: _Boot) -> list[str]:
     private = boot.work.private
-    shutil.copyfile(boot.init, os.path.join(private, "init"))
-    os.chmod(os.path.join(private, "init"), 0o755)
-    Path(private, "plan").write_bytes(boot.plan)
+    boot.system.write_files(private, boot.plan)
     disks = []
     for number, size in enumerate(boot.machine.disks):
         path = os.path.join(boot.work.disk_folder or private, f"disk{number}")
@@ -323,7 +320,7 @@ def _make_private_files(boot: _Boot) -> list[str]:
     return disks
 
 
-def _become_kernel(boot: _Boot, lines: _Lines, console: int, disks: list[str]) -> NoReturn:
+def _become_guest(boot: _Boot, lines: _Pipes, console: int, disks: list[str]) -> NoReturn:
     null = os.open("/dev/null", os.O_RDWR)
     for fd, source in ((0, null), (1, console), (2, console)):
         os.dup2(source, fd)
@@ -337,29 +334,8 @@ def _become_kernel(boot: _Boot, lines: _Lines, console: int, disks: list[str]) -
     for number in range(signal.NSIG):
         with contextlib.suppress(OSError, ValueError):
             signal.signal(number, signal.SIG_DFL)
-    log, out, err, control_up, screen, control_down, keys = range(base, base + len(ends))
     private = boot.work.private
-    arguments = [
-        "linux",
-        f"mem={boot.memory // MIB}M",
-        f"ncpus={boot.machine.cpus}",
-        "seccomp=on",
-        "noreboot",
-        f"uml_dir={private}/uml",
-        "umid=lab",
-        "rootfstype=hostfs",
-        "rootflags=/",
-        "ro",
-        f"init={private}/init",
-        "con=null",
-        f"con0=null,fd:{log}",
-        "ssl=null",
-        f"ssl0=null,fd:{out}",
-        f"ssl1=null,fd:{err}",
-        f"ssl2=fd:{control_down},fd:{control_up}",
-        f"ssl3=fd:{keys},fd:{screen}",
-        *(f"ubd{number}={path}" for number, path in enumerate(disks)),
-        *MODULE_SETTINGS,
-    ]
+    spec = Spec(boot.memory, boot.machine.cpus, disks, private, Lines.from_base(base))
+    program, arguments = boot.system.command(spec)
     environment = {"PATH": "/usr/bin:/bin", "HOME": private, "TMPDIR": private}
-    os.execve(boot.kernel.program, arguments, environment)
+    os.execve(program, arguments, environment)

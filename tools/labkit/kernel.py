@@ -106,7 +106,7 @@ def find_or_build(report: Report) -> Kernel:
     cache = cache_folder()
     if kernel := find(cache):
         return kernel
-    with _building(cache, report):
+    with building(cache, report):
         return find(cache) or _build(cache, report)
 
 
@@ -119,18 +119,20 @@ def find_or_build_init(report: Report) -> Path:
     program = cache / f"init-{stamp}"
     if program.exists():
         return program
-    with _building(cache, report):
+    with building(cache, report):
         if not program.exists():
             _compile_init(cache, program, report)
     return program
 
 
 @contextlib.contextmanager
-def _building(cache: Path, report: Report) -> Iterator[None]:
+def building(
+    cache: Path, report: Report, name: str = "lock", stale: str = "build-*"
+) -> Iterator[None]:
     """Hold the cache's lock, and clear away what a killed build has left."""
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        lock = os.open(cache / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        lock = os.open(cache / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise LabError(
             f"cannot write the cache folder {cache}: {error.strerror}; set XDG_CACHE_HOME"
@@ -139,16 +141,16 @@ def _building(cache: Path, report: Report) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            report("another call is building the kernel: waiting for it")
+            report("another call is building it: waiting")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for stale in cache.glob("build-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        for left in cache.glob(stale):
+            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         os.close(lock)
 
 
-def _run(what: str, command: list[str], log: Path, cwd: Path) -> None:
+def run_step(what: str, command: list[str], log: Path, cwd: Path) -> None:
     """Run one step of the build with nothing of the caller's environment that could bend it."""
     environment = {
         "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
@@ -214,7 +216,7 @@ def _build(cache: Path, report: Report) -> Kernel:
         log = work / "log"
         log.touch()
         _require_tools(log, phase)
-        phase(f"looking for the newest source in Debian's {debian.SUITE}")
+        phase(f"looking for the newest source in Debian's {debian.BACKPORTS}")
         archive = debian.Archive(work / "apt", log)
         package, version = archive.newest_kernel_source()
         phase(f"downloading and unpacking {package} {version}")
@@ -224,7 +226,7 @@ def _build(cache: Path, report: Report) -> Kernel:
         jobs = len(os.sched_getaffinity(0))
         phase(f"compiling with {jobs} jobs (some 8 minutes of processor time)")
         make = ["make", "ARCH=um", f"-j{jobs}"]
-        _run("building the kernel", [*make, "linux", "scripts_unifdef"], log, source)
+        run_step("building the kernel", [*make, "linux", "scripts_unifdef"], log, source)
         result = _collect(source, work / "result", version, log)
         folder = cache / f"kernel-{version}-{configuration_hash()}"
         result.rename(folder)
@@ -238,7 +240,7 @@ def _build(cache: Path, report: Report) -> Kernel:
 def _configure(source: Path, log: Path, phase: Report) -> None:
     """Write .config: nothing but what kernel.config asks for and what that needs."""
     make = ["make", "ARCH=um", f"KCONFIG_ALLCONFIG={CONFIG}", "allnoconfig"]
-    _run("configuring the kernel", make, log, source)
+    run_step("configuring the kernel", make, log, source)
     have = set((source / ".config").read_text().splitlines())
     want = [line for line in CONFIG.read_text().splitlines() if line.startswith("CONFIG_")]
     missing = [line.partition("=")[0] for line in want if line not in have]
@@ -253,8 +255,8 @@ def _collect(source: Path, result: Path, version: str, log: Path) -> Path:
     include.mkdir(parents=True)
     header = "include/uapi/linux/ublk_cmd.h"
     target = str(include / "ublk_cmd.h")
-    _run("installing ublk_cmd.h", ["scripts/headers_install.sh", header, target], log, source)
-    _run("stripping the kernel", ["strip", "-o", str(result / "linux"), "linux"], log, source)
+    run_step("installing ublk_cmd.h", ["scripts/headers_install.sh", header, target], log, source)
+    run_step("stripping the kernel", ["strip", "-o", str(result / "linux"), "linux"], log, source)
     shutil.copyfile(source / ".config", result / "config")
     release = (source / "include/config/kernel.release").read_text().strip()
     (result / "version").write_text(f"{release} (Debian {version})\n")
@@ -269,7 +271,7 @@ def _compile_init(cache: Path, program: Path, report: Report) -> None:
         _require_tools(log, report)
         built = work / "init"
         command = ["gcc", *INIT_FLAGS, "-o", str(built), str(INIT_SOURCE)]
-        _run("compiling the guest's init", command, log, work)
+        run_step("compiling the guest's init", command, log, work)
         built.rename(program)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -74,10 +74,7 @@ class Plan:
                 yield b"T", os.fsencode(f"{mode},{folder}")
         for folder in RUN_FOLDERS:
             yield b"D", os.fsencode(folder)
-        again = [os.fspath(CHECKOUT), self.cwd, sys.prefix, sys.base_prefix, *self.show]
-        if venv := os.environ.get("VIRTUAL_ENV"):
-            again.append(venv)
-        yield from mount_records(again, self.scratch, covers)
+        yield from mount_records(self.again(), self.scratch, covers)
         yield b"C", os.fsencode(self.cwd)
         for name, value in self._environment().items():
             yield b"E", name + b"=" + value
@@ -87,6 +84,13 @@ class Plan:
             yield b"I", b"%d %d" % (self.terminal.rows, self.terminal.columns)
             if self.terminal.has_stderr:
                 yield b"J", b""
+
+    def again(self) -> list[str]:
+        """List the paths of the host's that COMMAND needs, wherever they lie."""
+        again = [os.fspath(CHECKOUT), self.cwd, sys.prefix, sys.base_prefix, *self.show]
+        if venv := os.environ.get("VIRTUAL_ENV"):
+            again.append(venv)
+        return again
 
     def _environment(self) -> dict[bytes, bytes]:
         return guest_environment(os.environb, self.scratch, self.disks)
@@ -105,6 +109,17 @@ def guest_environment(
     }
     environment.setdefault(b"PATH", b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
     return environment
+
+
+def shared_paths(plan: Plan) -> list[str]:
+    """List what a guest with files of its own is to see of the host's; parents first.
+
+    Its own programs and libraries are those of the host's release: /usr is not shared.
+    """
+    paths = {os.path.abspath(path) for path in plan.again()}
+    paths |= {os.path.realpath(path) for path in paths}
+    paths = {path for path in paths if os.path.exists(path) and path not in ("/", "/usr")}
+    return sorted(p for p in paths if not any(_beneath(p, other) for other in paths - {p}))
 
 
 def _covers() -> list[str]:

@@ -1,0 +1,117 @@
+"""A real VM boots from a disk of ours, writes, loses its power: what it had fsynced is there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support.shell import until
+from support.vm import QEMU, SERVER, Server, Vm, debian
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from support.device import Device, Ubi
+
+MIB = 1 << 20
+FILES = 6
+FILE_KIB = 768
+HOME = "/srv/vm"
+
+# Files of noise, each fsynced, and its folder too, before the script says so.
+WRITE = f"""
+export PATH=/usr/sbin:/usr/bin
+mkdir -p {HOME}; cd {HOME}
+echo "VM: up $(uname -r)"
+name=$1; n=0
+while [ $n -lt $2 ]; do
+    n=$((n+1))
+    dd if=/dev/urandom of=$name$n bs=64k count={FILE_KIB // 64} conv=fsync 2>/dev/null ||
+        echo "VM: error write"
+    sync . || echo "VM: error sync"
+    echo "VM: synced $name$n $(sha256sum <$name$n | cut -d' ' -f1)"
+done
+"""
+# What went wrong with the disk, as the VM's own kernel tells it.
+LOOK = """dmesg | grep -iE 'i/o error|aborting journal|ext4-fs error' | sed 's/^/VM: error /'
+echo "VM: looked"
+"""
+POWER_OFF = """mount -o remount,ro / || echo "VM: error remount"
+echo "VM: end"
+systemctl poweroff -ff
+"""
+
+
+def script(name: str, files: int, rest: str) -> str:
+    return f"set -- {name} {files}\n{WRITE}{rest}"
+
+
+def sums(vm: Vm, count: int) -> dict[str, str]:
+    """What the VM says it has fsynced: name → SHA-256."""
+    return dict(vm.wait_for("synced").split() for _ in range(count))
+
+
+def check(device: Device, folder: Path, expected: dict[str, str]) -> None:
+    """Compare the disk's files, after its filesystem's replay of the journal, with the sums."""
+    done = subprocess.run(["e2fsck", "-fp", device.node], check=False, capture_output=True)
+    assert done.returncode in (0, 1), done.stdout.decode()
+    folder.mkdir(exist_ok=True)
+    subprocess.run(["mount", device.node, folder], check=True)
+    try:
+        found = {
+            name: hashlib.sha256(Path(f"{folder}{HOME}/{name}").read_bytes()).hexdigest()
+            for name in expected
+        }
+    finally:
+        subprocess.run(["umount", folder], check=True)
+    assert found == expected
+
+
+@pytest.mark.skipif(debian() is None, reason="no Debian machine: tools/lab --print machine")
+@pytest.mark.skipif(not (shutil.which(QEMU) and shutil.which(SERVER)),
+                    reason="needs qemu-system-x86 and qemu-system-common")  # fmt: skip
+@pytest.mark.limit(400)
+def test_a_vm_boots_writes_and_loses_its_power(
+    ubi: Ubi, make_base: Callable[..., str], tmp_path: Path,
+) -> None:
+    made = debian()
+    assert made is not None
+    size = made.root.stat().st_size
+    device = ubi.add(made.root, make_base(size), size=size, recovery=True)
+
+    # The daemon is killed while the VM writes: it is brought back, and the VM sees nothing of it.
+    killed = device.pid
+    rest = LOOK + POWER_OFF
+    with Server.start(device.path, tmp_path) as server:
+        with Vm(made, server.socket, script("first", FILES, rest), tmp_path) as vm:
+            assert vm.wait_for("up")
+            fsynced = sums(vm, 1)
+            os.kill(killed, signal.SIGKILL)
+            fsynced |= sums(vm, FILES - 1)
+            vm.wait_for("looked")
+            vm.wait_for("end")
+            vm.wait_for_end()
+            assert "VM: error" not in vm.console
+        server.stop()
+    status = until(lambda: ubi.command("status", device.name, "--json").json(), "status", 30)
+    assert status["pid"] != killed
+    device.pid = status["pid"]
+    assert len(fsynced) == FILES
+    check(device, tmp_path / "mnt", fsynced)
+
+    # The power goes, for the VM and its host's processes alike, amid writing.
+    with Server.start(device.path, tmp_path) as server:
+        with Vm(made, server.socket, script("second", 1000, ""), tmp_path) as vm:
+            fsynced |= sums(vm, 3)
+            vm.kill()
+        server.kill()
+    device.kill()
+    assert ubi.command("del", device.name, "--force").code == 0
+    device.start()
+    check(device, tmp_path / "mnt", fsynced)
