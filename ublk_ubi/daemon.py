@@ -451,6 +451,8 @@ def run(
         session.release_image()
         if log_fd is not None:
             session.claim.adopt_log(log_fd)
+        for line in hygiene.refused:
+            log(line)
         for warning in session.warnings:
             warn(f"warning: {warning}")
         log(f"{session.claim.name} is live: {session.info.disk_path}, {session.size} bytes")
@@ -488,7 +490,7 @@ def main(argv: list[str] | None = None) -> int:
     hygiene.close_inherited((arguments.ready_fd, go_fd))
     os.set_inheritable(arguments.ready_fd, False)
     standard().keep_bounded()
-    hygiene.settle(log)
+    hygiene.settle()
     told = False
 
     def tell(message: dict[str, Any]) -> None:

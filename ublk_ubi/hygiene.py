@@ -22,10 +22,12 @@ OOM_SCORE_ADJ = -1000
 """Never to be killed for memory: a daemon's is bounded, and a disk that ends frees none."""
 
 MIN_FILES = 1024
-FILES_PER_QUEUE = 8
+
+refused: list[str] = []
+"""What was not permitted to this process, to be told once it has something to serve."""
 
 
-def settle(notice: Callable[[str], None], *, files: int = MIN_FILES) -> None:
+def settle(notice: Callable[[str], None] = refused.append, *, files: int = MIN_FILES) -> None:
     """Do all of it; `notice` hears what is refused, and what that costs. `files`: how many."""
     os.umask(0o077)
     _try(notice, _never_kill, "the kernel may kill this process when memory is short")

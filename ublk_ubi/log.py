@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -22,7 +21,8 @@ if TYPE_CHECKING:
 
 LIMIT_BYTES = 1 << 20
 REPEATS_TOLD_S = 60.0
-NOTICE, WARNING, ERROR = 6, 4, 3  # as syslog(3) has them
+NOTICE, WARNING = 6, 4  # as syslog(3) has them
+_STANDARD_ERROR = 2
 
 
 class Log:
@@ -98,7 +98,7 @@ def standard() -> Log:
     """Return the log of this process, on its standard error."""
     global _standard  # noqa: PLW0603 - there is one standard error
     if _standard is None:
-        _standard = Log(sys.stderr.fileno())
+        _standard = Log(_STANDARD_ERROR)
     return _standard
 
 

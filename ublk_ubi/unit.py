@@ -71,8 +71,6 @@ def main(argv: list[str] | None = None) -> int:
     if len(arguments) != 1:
         log("usage: python -m ublk_ubi.unit NAME")
         return Exit.USAGE
-    hygiene.close_inherited()
-    hygiene.settle(log)
     try:
         return serve(arguments[0])
     except UbiError as error:
@@ -81,4 +79,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    hygiene.close_inherited()
+    hygiene.settle()
     sys.exit(main())

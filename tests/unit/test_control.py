@@ -64,7 +64,7 @@ SILENT = "time.sleep(60)"
 DIES_IN_A_COMMAND = "send(1, 2); receive(); os._exit(3)"
 DIES_AT_ONCE = "os._exit(4)"
 DIES_THE_FIRST_TIME = """
-send(1, 1)
+send(1, 2)
 receive()
 with open(sys.argv[1], "a+") as file:
     file.write("!")

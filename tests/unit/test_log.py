@@ -117,7 +117,6 @@ def test_the_process_has_one(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(log, "_standard", None)
-    monkeypatch.setattr("sys.stderr", os.fdopen(2, "w", closefd=False))
     log.log("told")
     log.warn("warned")
     lines = capfd.readouterr().err.splitlines()

@@ -231,10 +231,9 @@ def _run_here(options: DeviceOptions, *, as_json: bool) -> int:
 
     from ublk_ubi import daemon, hygiene
     from ublk_ubi.launch import Ready
-    from ublk_ubi.log import log
 
     hygiene.close_inherited()
-    hygiene.settle(log)
+    hygiene.settle()
     failed: list[Ready] = []
 
     def ready(answer: dict[str, Any]) -> None:

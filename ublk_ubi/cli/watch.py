@@ -23,9 +23,9 @@ def command() -> int:
     from ublk_ubi import hygiene, runtime
     from ublk_ubi.watch import Watch, lock
 
-    hygiene.settle(notice)
     runtime.tables_dir()  # makes the folder where the lock lies
     if lock() is None:
         raise UbiError("another watch runs already: nothing to do", Exit.BUSY)
+    hygiene.settle(notice)
     Watch(notice).run(linger_s=None)
     return Exit.OK
