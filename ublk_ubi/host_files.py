@@ -27,7 +27,7 @@ MARK = "Written by `ublk-ubi systemd install"
 UDEV_CONTROL = "/run/udev/control"
 MAX_DISKS = 1 << 20
 UNITS = "etc/systemd/system"
-_WANTS = re.compile(r"ublk-ubi@.*\.service")
+_WANTS = re.compile(r"ublk-ubi(@.*|-serve)\.service")
 _RELOAD_TIMEOUT_S = 60.0
 
 
@@ -42,6 +42,7 @@ class HostFile(NamedTuple):
 FILES = (
     HostFile("ublk-ubi@.service", f"{UNITS}/ublk-ubi@.service"),
     HostFile("ublk-ubi.target", f"{UNITS}/ublk-ubi.target"),
+    HostFile("ublk-ubi-serve.service", f"{UNITS}/ublk-ubi-serve.service"),
     HostFile("generator.py", "etc/systemd/system-generators/ublk-ubi-generator", 0o755),
     HostFile("59-ublk-ubi.rules", "etc/udev/rules.d/59-ublk-ubi.rules"),
     HostFile("99-ublk-ubi.rules", "etc/udev/rules.d/99-ublk-ubi.rules"),
