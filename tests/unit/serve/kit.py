@@ -42,7 +42,7 @@ def spdk_parser() -> Any:
     return create_parser()[0]
 
 
-def until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
+def until(condition: Callable[[], Any], what: str, timeout_s: float = 120.0) -> Any:
     """Wait for what comes by itself."""
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
@@ -101,7 +101,7 @@ class Served:
     def outcome(self) -> tuple[int, str]:
         """Wait for its end; its exit code and the last line that it said."""
         assert self.process is not None
-        code = self.process.wait(30)
+        code = self.process.wait(120)
         self.process = None
         return code, self.log.splitlines()[-1]
 
@@ -166,7 +166,7 @@ class Served:
 def raw(path: str, data: bytes) -> socket.socket:
     """A connection on which something was sent."""
     sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(30)
+    sock.settimeout(120)
     sock.connect(path)
     sock.sendall(data)
     return sock
