@@ -53,7 +53,7 @@ class KernelDevice:
         self._options = options
         self._gone = False
         # While names of users, and udev, are within reach (sandbox.py).
-        self._owner = resolve_owner(options.owner) if options.owner is not None else (-1, -1)
+        self.owner = resolve_owner(options.owner) if options.owner is not None else (-1, -1)
         self._udev: node.Udev
         if options.data_path == "zero-copy" and ZERO_COPY not in self.features:
             raise UbiError(
@@ -246,7 +246,7 @@ class KernelDevice:
         with self._udev as udev:
             self.control.start_dev(self.info.id, os.getpid(), timeout_s=START_TIMEOUT_S)
             try:
-                node.give(self.info.disk_path, self._owner, self._options.mode, udev)
+                node.give(self.info.disk_path, self.owner, self._options.mode, udev)
             except BaseException:
                 self.stop_quietly()
                 raise

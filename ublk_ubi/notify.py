@@ -32,6 +32,7 @@ class Manager:
         self._socket: socket.socket | None = None
         self._status = ""
         self._look_at = 0.0
+        self._is_ending = False
         if address is None or address[:1] not in ("/", "@"):
             return
         self._socket = socket.socket(
@@ -70,8 +71,9 @@ class Manager:
         self.tell("READY=1", _status(line))
 
     def stopping(self, line: str) -> None:
-        """Say that the end has begun, and why."""
+        """Say that the end has begun, and why: no `look` says anything after that."""
         self._status = line
+        self._is_ending = True
         self.tell("STOPPING=1", _status(line))
 
     def status(self, line: str) -> None:
@@ -82,13 +84,15 @@ class Manager:
 
     def look(self, line: Callable[[], str]) -> None:
         """Say how it is, if that is news and the last look some seconds ago."""
-        if self._socket is not None and time.monotonic() >= self._look_at:
+        if self._socket is None or self._is_ending:
+            return
+        if time.monotonic() >= self._look_at:
             self._look_at = time.monotonic() + STATUS_PERIOD_S
             self.status(line())
 
     def wait_s(self, limit_s: float | None) -> float | None:
         """Give the seconds that may pass until `look`, at most `limit_s` (None: for ever)."""
-        if self._socket is None:
+        if self._socket is None or self._is_ending:
             return limit_s
         left = max(0.0, self._look_at - time.monotonic())
         return left if limit_s is None else min(left, limit_s)

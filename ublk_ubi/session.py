@@ -342,7 +342,7 @@ class Session(TableHost):
 
     def _go_live(self) -> None:
         self._was_seen = True
-        udev.announce(self.claim.name, self.info.id, self.options)
+        udev.announce(self.claim.name, self.info.id, self.device.owner, self.options.mode)
         if not self.device.recovered:
             self._undo.callback(links.remove_link, self.claim.name, self.info.id)
         self.device.start()

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 BOOTED = "/run/systemd/system"
 CONFIG_FOLDER = "/etc/ublk-ubi"
 MOST_DEATHS = 5
+NOT_RESTARTED = ("2", "3")
+"""Exit codes after which the unit is not started again (RestartPreventExitStatus=)."""
+
 TIMEOUT_S = 150.0
 """More than a unit may take to stop: ublk-ubi@.service has 120 s."""
 
@@ -125,13 +128,14 @@ def is_restarted(device: Device) -> bool:
 def how_it_ended(device: Device) -> str:
     """Tell what becomes of a disk whose unit has no daemon."""
     unit = _required(device)
+    wanted = ("SubState", "Result", "ExecMainStatus", "NRestarts")
     shown = _systemctl(
-        "show", "--property=SubState", "--property=Result", unit, check=False,
+        "show", *(f"--property={key}" for key in wanted), unit, check=False,
         timeout_s=ASK_TIMEOUT_S,
     )
     facts = dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
     who = f"its daemon (process {device.pid})"
-    if facts.get("Result") == "start-limit-hit":
+    if _was_given_up(facts):
         return (
             f"its daemon died {MOST_DEATHS} times within 60 s, the last time saying: "
             f"{last_words(unit)}; its requests wait until `ublk-ubi recover {device.name}` or "
@@ -144,6 +148,17 @@ def how_it_ended(device: Device) -> str:
         return f"{who} left; its requests wait: `systemctl start {unit}`"
     state = facts.get("SubState", "not known")
     return f"{who} died, {unit} is {state}; its requests wait: `ublk-ubi recover {device.name}`"
+
+
+def _was_given_up(facts: dict[str, str]) -> bool:
+    """Tell whether a unit hit its start limit: `Result` keeps what came before, as a rule."""
+    if facts.get("SubState") != "failed":
+        return False
+    if facts.get("Result") == "exit-code" and facts.get("ExecMainStatus") in NOT_RESTARTED:
+        return False
+    restarts = facts.get("NRestarts", "")
+    enough = restarts.isdigit() and int(restarts) >= MOST_DEATHS - 1
+    return enough or facts.get("Result") == "start-limit-hit"
 
 
 def last_words(unit: str) -> str:

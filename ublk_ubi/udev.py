@@ -19,18 +19,17 @@ from ublk_ubi.errors import UbiError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ublk_ubi.options import DeviceOptions
-
 FOLDER = ".udev"
 
 
-def announce(name: str, dev_id: int, options: DeviceOptions) -> None:
-    """Tell of the disk `dev_id`, which is about to appear as `name`'s. Raises UbiError."""
-    from ublk_ubi.config import resolve_owner
+def announce(name: str, dev_id: int, owner: tuple[int, int], mode: int) -> None:
+    """Tell of the disk `dev_id`, which is about to appear as `name`'s. Raises UbiError.
 
-    uid, gid = resolve_owner(options.owner) if options.owner is not None else (-1, -1)
-    values = {"NAME": name, "MODE": f"{options.mode:04o}"}
-    values |= {key: str(number) for key, number in (("UID", uid), ("GID", gid)) if number >= 0}
+    `owner` is uid and gid, -1 for udev's own choice. By number: names are not known any more.
+    """
+    values = {"NAME": name, "MODE": f"{mode:04o}"}
+    ids = zip(("UID", "GID"), owner, strict=True)
+    values |= {key: str(number) for key, number in ids if number >= 0}
     text = "".join(f"UBLK_UBI_{key}={value}\n" for key, value in values.items())
     path = os.path.join(runtime.run_root(), FOLDER, f"ublkb{dev_id}")
     try:

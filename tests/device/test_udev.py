@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,7 +25,7 @@ MIB = 1 << 20
 SIZE = 16 * MIB
 RULES = Path("/run/udev/rules.d")
 UDEVD = "/lib/systemd/systemd-udevd"
-OWNER, GROUP, MODE = 1234, 4321, 0o640
+OWNER, GROUP, MODE = pwd.getpwnam("daemon").pw_uid, grp.getgrnam("games").gr_gid, 0o640
 # What newer systemd does to every ublkb, and older to other kinds of disks.
 PROBE = """\
 SUBSYSTEM=="block", KERNEL=="ublkb*", ENV{UDEV_DISABLE_PERSISTENT_STORAGE_RULES_FLAG}!="1", \\
@@ -54,7 +56,7 @@ def udevd(undo: Undo, ubi: Ubi, tmp_path: Path) -> Iterator[None]:
 @pytest.fixture
 def device(ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str]) -> Device:
     device = ubi.add(
-        make_image(SIZE), make_base(SIZE), recovery=True, owner=f"{OWNER}:{GROUP}", mode=MODE,
+        make_image(SIZE), make_base(SIZE), recovery=True, owner="daemon:games", mode=MODE,
     )
     run("mkfs.ext4", "-q", "-F", "-U", "11111111-2222-3333-4444-555555555555", device.node)
     return device

@@ -183,6 +183,11 @@ def test_the_unit_counts_deaths_as_the_watch_does(installed: Path) -> None:
     assert int(setting(text, "StartLimitIntervalSec")) == watch.WINDOW_S
 
 
+def test_the_unit_is_not_started_again_after_these(installed: Path) -> None:
+    codes = setting((installed / UNIT).read_text(), "RestartPreventExitStatus").split()
+    assert tuple(codes) == systemd.NOT_RESTARTED == (f"{Exit.USAGE:d}", f"{Exit.DEGRADED:d}")
+
+
 def test_the_unit_is_patient_enough(installed: Path) -> None:
     from ublk_ubi import daemon
 

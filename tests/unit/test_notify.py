@@ -61,6 +61,8 @@ def test_the_words_of_a_life(listener: Listener, manager: Manager) -> None:
     assert listener.heard() == ["MAINPID=7"]
     manager.stopping("committing")
     assert listener.heard() == ["STOPPING=1", "STATUS=committing"]
+    manager.look(lambda: "stopping, and nothing that anybody wants to know")
+    assert manager.wait_s(None) is None
     assert listener.heard() == []
 
 

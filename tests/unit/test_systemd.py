@@ -150,6 +150,13 @@ def test_the_notify_socket_is_for_units_of_ours_alone(monkeypatch: pytest.Monkey
         "died 5 times within 60 s", "no room on /srv", "`ublk-ubi recover vm1`",
         "`ublk-ubi del --force vm1`",
     ]),
+    ("SubState=failed\nResult=signal\nExecMainStatus=9\nNRestarts=5\n", False, ["died 5 times"]),
+    ("SubState=failed\nResult=exit-code\nExecMainStatus=2\nNRestarts=7\n", False, [
+        f"{UNIT} is failed",
+    ]),
+    ("SubState=failed\nResult=timeout\nExecMainStatus=9\nNRestarts=0\n", False, [
+        f"{UNIT} is failed",
+    ]),
     ("SubState=dead\nResult=success\n", True, ["left", f"`systemctl start {UNIT}`"]),
     ("SubState=failed\nResult=exit-code\n", False, [f"{UNIT} is failed", "`ublk-ubi recover vm1`"]),
     ("", False, [f"{UNIT} is not known"]),
