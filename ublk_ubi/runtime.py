@@ -438,9 +438,20 @@ def _try_claim(root_fd: int, name: str) -> Claim | None:
         try:
             found._write("pid", f"{os.getpid()}\n".encode())
         except OSError:
-            found.abandon()
+            if _exists(found.dir_fd, "state.json"):
+                found.abandon()
+            else:
+                found.release()  # nothing but what was made here
             raise
         return found
+
+
+def _exists(dir_fd: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _is_current(root_fd: int, name: str, dir_fd: int, lock_fd: int) -> bool:
