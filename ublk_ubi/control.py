@@ -153,6 +153,21 @@ class Control:
         for agent in agents:
             agent.close()
 
+    def spare(self) -> None:
+        """Have an agent that forks all further ones: this process can run no program any more.
+
+        Raises UbiError.
+        """
+        agent = self._take()
+        try:
+            mother = self._fork(agent)
+        except BaseException:
+            agent.abandon()
+            raise
+        with self._lock:
+            self._mother = mother
+        self._give_back(agent)
+
     def confine(self, *, join: bool) -> None:
         """Have all further agents be shut in, and be forked: no program is run any more.
 
@@ -176,6 +191,8 @@ class Control:
                 os.close(namespace_fd)
             with self._lock:
                 others, self._idle = self._idle or [], []
+                if self._mother is not None:
+                    others.append(self._mother)
                 self._mother = mother
                 with contextlib.suppress(UbiError):
                     self._idle.append(self._fork(mother))  # two: one that is killed costs nothing

@@ -323,7 +323,7 @@ class KernelDevice:
 
     def delete_quietly(self) -> None:
         """Undo `make`. A device that was taken over stays, for the next daemon."""
-        with contextlib.suppress(ControlError):
+        with contextlib.suppress(UbiError):
             self.control.del_dev(self.info.id)
 
 

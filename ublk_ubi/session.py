@@ -140,6 +140,7 @@ class Session(TableHost):
         if taken_over:
             self._keep_geometry()
         self._open_base()
+        control.spare()
         self.sandbox.enter()
         self._start_threads()
         self._go_live()
@@ -560,9 +561,10 @@ class Session(TableHost):
         """Close a base that served nobody: a table that was made for nothing goes.
 
         One that may know of stripes that are not committed stays: it was found, or the disk was
-        there for a moment.
+        there for a moment; but not if the base goes as well.
         """
-        if not self.opener.going_on and not self._was_seen:
+        goes = not self._was_seen or self.base.folder_fd is not None
+        if not self.opener.going_on and goes:
             with contextlib.suppress(OSError, Refused):
                 self.opener.close(self)
         if self.table is not None:

@@ -132,10 +132,10 @@ ssize_t write(int fd, const void *data, size_t length)
     return REAL(write)(fd, data, length);
 }
 
-ssize_t read(int fd, void *data, size_t length)
+ssize_t recvmsg(int fd, struct msghdr *message, int flags)
 {
-    ssize_t got = REAL(read)(fd, data, length);
-    if (own == HELPER && fd == STDIN_FILENO && got > 0)
+    ssize_t got = REAL(recvmsg)(fd, message, flags);
+    if (own == HELPER && got > 0)
         step("command", "");
     return got;
 }
