@@ -117,6 +117,18 @@ class Loaded:
         target = self.mortal.done(Action.COMMIT) + requests
         return self.until(lambda: self.mortal.done(Action.COMMIT) >= target)
 
+    def upgrade(self) -> float:
+        """Upgrade it; seconds that its users were not served.
+
+        No longer than the command says, nor than the writers' longest request took.
+        """
+        self._writers.longest_s = [0.0, 0.0]
+        before = self.device.pid
+        pause_s = self.device.upgrade()
+        assert self.device.pid != before
+        self._writers.wait_for(sum(self._writers.completed) + 4)
+        return min(pause_s, max(self._writers.longest_s))
+
     def uncommitted(self) -> int:
         """Stripes that the table has and the base's headers have not."""
         path = self.device.table()
@@ -240,13 +252,11 @@ def test_upgrades_under_fio(
         disk.start(seed + disks, data_path, queues)
         disks += 1
         while len(pauses) < UPGRADES and disk.go_on(rng.randint(1, 300)):
-            before = disk.device.pid
-            pauses.append(disk.device.upgrade())
-            assert disk.device.pid != before
+            pauses.append(disk.upgrade())
         disk.end()
         print(f"a request of fio's took {disk.longest_s:.3f} s at most")
     pauses.sort()
     print(f"{len(pauses)} upgrades on {disks} disks; requests waited {pauses[0]:.3f} to "
           f"{pauses[-1]:.3f} s")
-    # The few of continuous integration share the processors with another guest.
+    # The few of continuous integration share the processors with other guests.
     assert pauses[-1 if len(pauses) >= 20 else 0] <= PAUSE_S

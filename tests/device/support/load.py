@@ -13,6 +13,7 @@ import os
 import random
 import struct
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from support.direct import CHUNK, SECTOR, DirectFile
@@ -100,6 +101,7 @@ class Writers:
         self._flush_every = flush_every
         self._stop = threading.Event()
         self.completed = [0] * threads
+        self.longest_s = [0.0] * threads           # of a request
         self.next_number = first
         self._numbers = threading.Lock()
         self.failed: list[OSError] = []
@@ -132,7 +134,10 @@ class Writers:
         try:
             with DirectFile(path) as disk:
                 while not self._stop.is_set():
+                    started_at = time.monotonic()
                     self._step(disk, index, rng, buffer)
+                    took_s = time.monotonic() - started_at
+                    self.longest_s[index] = max(self.longest_s[index], took_s)
         except OSError as error:
             self.failed.append(error)
 
