@@ -75,10 +75,13 @@ class Disk:
         return f"{self._device.name}, event {self._events} ({self._event})"
 
     def live(self) -> None:
-        """Live until the time is up. Raises AssertionError, OSError: what does not hold."""
+        """Live until the time is up, an event at least.
+
+        Raises AssertionError, OSError: what does not hold.
+        """
         self._begin()
         weights = [weight for weight, _ in self._lots.values()]
-        while not self._tally.over:
+        while self._events == 0 or not self._tally.over:
             self._go_on(self._rng.randrange(MOST_WRITES))
             [name] = self._rng.choices(list(self._lots), weights)
             self._events += 1
