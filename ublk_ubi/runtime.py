@@ -547,6 +547,9 @@ def _look(root_fd: int, name: str) -> Device | None:
             alive = _is_locked(lock_fd)
         finally:
             os.close(lock_fd)
+        if not alive and problem is None:
+            # What the dead wrote last, as that it leaves on purpose, may have come after our look.
+            state = _read_state(dir_fd, path)
     except FileNotFoundError:
         pass
     except UbiError as error:

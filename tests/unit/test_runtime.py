@@ -249,6 +249,26 @@ for _ in range(2000):
     assert reader.returncode == 0
 
 
+def test_of_a_device_that_dies_while_it_is_looked_at_the_last_word_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It wrote that it leaves on purpose, and died, between our look at its state and its lock."""
+    claim = runtime.claim("vm1", base="/b")
+    claim.write_state(State(image="/i", base="/b", id=0, recoverable=True))
+    is_locked = runtime._is_locked
+
+    def die_first(fd: int) -> bool:
+        claim.write_state(State(image="/i", base="/b", id=0, recoverable=True, left=True))
+        claim.abandon()
+        return is_locked(fd)
+
+    monkeypatch.setattr(runtime, "_is_locked", die_first)
+    device = runtime.all_devices()[0]
+    assert not device.alive
+    assert device.state is not None
+    assert device.state.left
+
+
 def test_names_are_sorted_as_people_count() -> None:
     for name in ("ubi10", "ubi2", "a", "10", "9"):
         runtime.claim(name)
