@@ -15,6 +15,7 @@ device, and CAP_SYS_PTRACE to see who has the disk open.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,9 @@ class Sandbox:
             return
         self._entered = True
         self.state.oom_score_adj = _oom_score_adj()
+        # What glibc loads for a thread's early end (pthread_exit), and would not find any more.
+        with contextlib.suppress(OSError):
+            ctypes.CDLL("libgcc_s.so.1")
         # A folder of the disk's own is no place for it: it goes while this is mounted there.
         with self._told("a root of its own"):
             point = runtime.mount_point()

@@ -92,6 +92,8 @@ def test_what_a_daemon_can_do(ubi: Ubi, image: Image, make_base: Callable[..., s
     assert {"ubi-hydrator", "ubi-queue-0", "ubi-queue-1"} <= set(threads)
     main = facts(Path(f"/proc/{device.pid}/status"))
     assert main["CapBnd"] == DAC_OVERRIDE
+    # glibc would look for it at a thread's end, where no library is to be found any more.
+    assert "/libgcc_s.so" in Path(f"/proc/{device.pid}/maps").read_text()
     assert len(helpers(device.pid)) == 2
     for helper in helpers(device.pid):
         found = facts(Path(f"/proc/{helper}/status"))
