@@ -12,6 +12,7 @@ from libc.string cimport memset
 
 import os
 import threading
+import time
 
 from ublk_ubi._abi cimport ubi_ublk_desc_map_len, ubi_ublk_desc_map_offset, ubi_ublk_io_desc
 from ublk_ubi._atomic cimport ensure, load_u32, store_u32, store_u64
@@ -25,7 +26,7 @@ from ublk_ubi._mailbox cimport Doorbell, Mailbox, Message
 from ublk_ubi._memory cimport PROT_READ, map_memory, map_shared, munmap
 from ublk_ubi._opener cimport Opener
 from ublk_ubi._queue cimport Request, queue_init
-from ublk_ubi._ring cimport Op
+from ublk_ubi._ring cimport Op, ring_exit
 from ublk_ubi._threads cimport QueueThread, ThreadBase, run_hydrator, run_queue
 
 cdef extern from "<sys/eventfd.h>" nogil:
@@ -54,6 +55,17 @@ cdef uint32_t power_of_two(uint32_t least) noexcept nogil:
 def stripe_buffers(uint32_t stripe_bytes):
     """How many stripes are hydrated at once: 8 MiB of buffers, but 4 at least and 32 at most."""
     return max(4, min(32, (8 << 20) // stripe_bytes))
+
+
+def thread_is_there(thread):
+    """Whether the kernel still has this thread: its end, too, takes a while."""
+    if thread.is_alive():
+        return True
+    try:
+        os.sched_getaffinity(thread.native_id)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 cdef class DataPlane:
@@ -262,15 +274,24 @@ cdef class DataPlane:
         eventfd_write(self.hydrator.base.wake_fd, 1)
 
     def join(self, timeout_s):
-        """True once every thread has ended."""
+        """True once all threads have ended, for the kernel too: it has let go of their I/O."""
+        deadline = time.monotonic() + timeout_s
         for thread in self.threads:
-            thread.join(timeout_s)
-        return not any(thread.is_alive() for thread in self.threads)
+            thread.join(max(deadline - time.monotonic(), 0))
+        while any(thread_is_there(thread) for thread in self.threads):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.0005)
+        return True
 
     def release(self):
-        """Once all threads have ended: unmap what of ublkc is mapped, as DEL_DEV waits for it."""
+        """Once all threads have ended: close their rings, and unmap what of ublkc is mapped, as
+        DEL_DEV waits for it."""
         cdef uint32_t index
         for index in range(self.device.shared.queues):
+            if self.queues[index].ring_is_left:
+                ring_exit(&self.queues[index].base.ring)
+                self.queues[index].ring_is_left = False
             if self.queues[index].descriptors != NULL:
                 munmap(<void*>self.queues[index].descriptors, self.descriptors_length)
                 self.queues[index].descriptors = NULL

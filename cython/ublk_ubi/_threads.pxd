@@ -75,6 +75,7 @@ cdef struct QueueThread:
     uint64_t fallbacks             # requests whose pages the kernel did not register
     uint64_t* started              # [depth] ns
     uint32_t tags_gone             # tags that the kernel has taken back
+    bint ring_is_left              # its ring is open still, see run_queue
     uint64_t now
     Histogram latency[KINDS]       # by request_kind, ns
 
