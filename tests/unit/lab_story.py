@@ -107,6 +107,7 @@ def main(folder: Path) -> None:
     added = ubi("add", "--image", str(image), "--base", str(base), "--name", "story")
     node, pid = added["device"], added["pid"]
     saw = {"data_path": ubi("status", "story")["data_path"]}
+    user = os.open(node, os.O_RDONLY)          # between two runs of fio, too, it is in use
     fio = Fio(node, folder)
     fio.go_on()
     end(pid, signal.SIGKILL)                   # it is brought back by itself
@@ -122,6 +123,7 @@ def main(folder: Path) -> None:
     fio.go_on()
     saw["fio"] = fio.end()
     saw["rest is the image's"] = read(node, WRITTEN) == content[WRITTEN:]
+    os.close(user)
     ubi("del", "story")
     saw["left"] = sorted(path.name for path in Path("/run/ublk-ubi").glob("story*"))
     ubi("add", "--image", str(image), "--base", str(base), "--name", "story")
