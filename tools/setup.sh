@@ -12,15 +12,15 @@
 # Leaves behind
 #   the checkout's root as the current directory, and in ROOT
 #   PYTHON          the venv's Python; .venv/bin is first in PATH, with `ublk-ubi` in it
-#   KERNEL_BUILD    the process id of the kernel's build, or empty; tools/lab waits for it by itself.
-#                   An EXIT trap ends it: set another only with `kill $KERNEL_BUILD` in it.
+#   BUILDS          the process ids of what is built in the background; tools/lab waits for it by itself.
+#                   An EXIT trap ends them: set another only with `kill $BUILDS` in it.
 
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 VENV=$ROOT/.venv
 PYTHON=$VENV/bin/python
-KERNEL_BUILD=
+BUILDS=
 export PATH=$VENV/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 # What is needed: a program or a file, and the Debian package that has it.
@@ -90,6 +90,14 @@ install_packages() {
     logged apt.log apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends $packages
 }
 
+in_background() {
+    mkdir -p build
+    "$2" tools/lab --print "$1" >"build/$1.log" 2>&1 </dev/null &
+    BUILDS+=" $!"
+    # shellcheck disable=SC2064
+    trap "kill $BUILDS 2>/dev/null || true" EXIT
+}
+
 start_kernel_build() {
     local python=$1 cached='from labkit import kernel
 raise SystemExit(kernel.find(kernel.cache_folder()) is None)'
@@ -97,13 +105,11 @@ raise SystemExit(kernel.find(kernel.cache_folder()) is None)'
     ! PYTHONPATH=tools "$python" -B -c "$cached" || return 0
     say "building the lab's kernel in the background (some minutes; log: build/kernel.log)"
     mkdir -p build
-    "$python" tools/lab --print kernel >build/kernel.log 2>&1 </dev/null &
-    KERNEL_BUILD=$!
-    trap 'kill $KERNEL_BUILD 2>/dev/null || true' EXIT
+    in_background kernel "$python"
 }
 
 # The Debian machine: for tests of packaged kernels, systemd and VMs, which are skipped without it.
-make_machine() {
+start_machine_build() {
     local python=$1 cached='from labkit import kernel, machine
 raise SystemExit(machine.find(kernel.cache_folder(), "newest") is None)'
     [[ ${SETUP_MACHINE-no} == yes ]] || return 0
@@ -112,8 +118,8 @@ raise SystemExit(machine.find(kernel.cache_folder(), "newest") is None)'
         say "no Debian machine for the tests that need one: run this as root once"
         return 0
     fi
-    say "making the lab's Debian machine (some minutes; log: build/machine.log)"
-    logged machine.log "$python" tools/lab --print machine
+    say "making the lab's Debian machine in the background (some minutes; log: build/machine.log)"
+    in_background machine "$python"
 }
 
 # The venv: what pyproject.toml names, the checkout as it is, the command.
@@ -177,7 +183,7 @@ setup() {
     install_packages
     python=$(find_python) || die "no Python of 3.11 or later here: install one"
     start_kernel_build "$python"
-    make_machine "$python"
+    start_machine_build "$python"
     mkdir -p build
     (
         flock 9  # another call in this checkout may be at it

@@ -73,15 +73,15 @@ def check(device: Device, folder: Path, expected: dict[str, str]) -> None:
     assert found == expected
 
 
-@pytest.mark.skipif(debian() is None, reason="no Debian machine: tools/lab --print machine")
 @pytest.mark.skipif(not (shutil.which(QEMU) and shutil.which(SERVER)),
                     reason="needs qemu-system-x86 and qemu-system-common")  # fmt: skip
-@pytest.mark.limit(400)
+@pytest.mark.limit(1000)
 def test_a_vm_boots_writes_and_loses_its_power(
     ubi: Ubi, make_base: Callable[..., str], tmp_path: Path,
 ) -> None:
     made = debian()
-    assert made is not None
+    if made is None:
+        pytest.skip("no Debian machine: tools/lab --print machine makes it")
     size = made.root.stat().st_size
     device = ubi.add(made.root, make_base(size), size=size, recovery=True)
 

@@ -25,6 +25,7 @@ from .kernel import Report, building, cache_folder, run_step
 
 SUITES = {"stable": debian.STABLE, "newest": debian.BACKPORTS}
 ARCHITECTURE = "amd64"
+BUILD_PREFIX = "machine-build-"
 IMAGE_BYTES = 4 << 30
 FREE_BYTES = 3 << 30
 
@@ -106,12 +107,17 @@ def find(cache: Path, which: str) -> DebianMachine | None:
     return DebianMachine(found[-1], which) if found else None
 
 
+def is_being_made(cache: Path) -> bool:
+    """Tell whether a call is at it, as far as its folder shows."""
+    return any(cache.glob(f"{BUILD_PREFIX}*"))
+
+
 def find_or_make(which: str, report: Report) -> DebianMachine:
     """Return the machine; of many callers that find none, one makes it."""
     cache = cache_folder()
     if machine := find(cache, which):
         return machine
-    with building(cache, report, "machine.lock", "machine-build-*"):
+    with building(cache, report, "machine.lock", f"{BUILD_PREFIX}*"):
         return find(cache, which) or DebianMachine(_make(cache, report), which)
 
 
@@ -125,7 +131,7 @@ def _make(cache: Path, report: Report) -> Path:
     def phase(text: str) -> None:
         report(f"machine, {time.monotonic() - started:3.0f} s: {text}")
 
-    work = Path(tempfile.mkdtemp(prefix="machine-build-", dir=cache))
+    work = Path(tempfile.mkdtemp(prefix=BUILD_PREFIX, dir=cache))
     try:
         log = work / "log"
         log.touch()

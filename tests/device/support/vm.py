@@ -25,14 +25,20 @@ if TYPE_CHECKING:
 
 MEMORY = "384M"
 BOOT_S = 150.0
+MAKING_S = 600.0
 SCRIPT_BYTES = 16 << 10
 SERVER = "qemu-storage-daemon"
 QEMU = "qemu-system-x86_64"
 
 
 def debian() -> machine.DebianMachine | None:
-    """The Debian machine whose disk and kernel a VM takes; None when it was not made."""
-    return machine.find(cache_folder(), "newest")
+    """The Debian machine whose disk and kernel a VM takes; None when nobody makes one."""
+    cache = cache_folder()
+    deadline = time.monotonic() + MAKING_S
+    while not (made := machine.find(cache, "newest")) and machine.is_being_made(cache):
+        assert time.monotonic() < deadline, f"the machine in {cache} is not ready in {MAKING_S:g} s"
+        time.sleep(1)
+    return made
 
 
 @dataclass
