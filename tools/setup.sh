@@ -28,7 +28,7 @@ NEEDED="
     gcc=gcc /usr/include/stdio.h=libc6-dev /usr/include/linux/types.h=linux-libc-dev
     /usr/include/liburing.h=liburing-dev git=git flock=util-linux losetup=mount sfdisk=fdisk
     qemu-img=qemu-utils fio=fio mkfs.ext4=e2fsprogs mkfs.xfs=xfsprogs dmsetup=dmsetup
-    systemd-analyze=systemd udevadm=udev
+    systemd-analyze=systemd udevadm=udev cryptsetup=cryptsetup-bin
     make=make flex=flex bison=bison bc=bc xz=xz-utils perl=perl
     debootstrap=debootstrap depmod=kmod
     qemu-system-x86_64=qemu-system-x86 qemu-storage-daemon=qemu-system-common"
