@@ -45,6 +45,10 @@ class AgentGoneError(Exception):
     """The agent had ended before the command was handed over: it is safe to start another."""
 
 
+class AgentLateError(TimeoutError):
+    """The agent was not ready in time: nothing was handed over to it."""
+
+
 def default_command(control_path: str = CONTROL_PATH) -> list[str]:
     """Return the command line of an agent for `control_path`."""
     return [sys.executable, "-I", "-S", "-B", "-c", _BOOT, _PACKAGE_PARENT, control_path]
@@ -146,8 +150,7 @@ class AgentProcess:
         """
         if len(buffer) > control_agent.MAX_BUFFER:
             raise ValueError(len(buffer))
-        if not self._ready:
-            self._receive_ready(deadline)
+        self.wait_ready(deadline)
         self._socket.settimeout(_remaining_s(deadline))
         try:
             packet = control_agent.REQUEST.pack(operation, command) + buffer
@@ -159,6 +162,17 @@ class AgentProcess:
         if kind != control_agent.RESULT or len(data) != len(buffer):
             raise UbiError("the ublk control helper gave an answer that cannot be read")
         return result, data
+
+    def wait_ready(self, deadline: float) -> None:
+        """Wait until it takes commands. Raises AgentLateError at the deadline, else as `call`."""
+        if self._ready:
+            return
+        try:
+            self._receive_ready(deadline)
+        except TimeoutError:
+            message = (f"the ublk control helper (process {self.pid}) is not ready yet: is this "
+                       f"host too busy, or short of memory? Give the command again")
+            raise AgentLateError(message) from None
 
     def _receive_ready(self, deadline: float) -> None:
         kind, value, _ = self._receive(deadline)

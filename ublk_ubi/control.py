@@ -24,6 +24,7 @@ from ublk_ubi.agent_process import (
     CONTROL_PATH,
     AgentDiedError,
     AgentGoneError,
+    AgentLateError,
     AgentProcess,
     default_command,
 )
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 DEFAULT_TIMEOUT_S = 10.0
+READY_TIMEOUT_S = 10.0             # of a helper, from its start to its first command
 STOP_TIMEOUT_S = 30.0
 MODPROBE_TIMEOUT_S = 20.0
 NODE_WAIT_S = 1.0
@@ -175,30 +177,43 @@ class Control:
         a part of it only.
         """
         namespace_fd = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) if join else -1
-        agent = mother = self._take()
+        agent = self._take()
+        pair = [agent]  # not shut in, but there
         try:
-            # A new one: the kernel may still have a worker thread of one that ran a command, and
-            # lets no process with two of them into a namespace.
-            mother = self._fork(agent)
-            mother.confine(namespace_fd, time.monotonic() + DEFAULT_TIMEOUT_S)
+            pair = self._confined(agent, namespace_fd)
         except (UbiError, AgentGoneError, TimeoutError) as error:
-            if mother is not agent:
-                mother.abandon()
-            mother = agent  # it is not shut in, but there
             raise OSError(errno.EIO, str(error) or "it does not answer") from None
         finally:
             if namespace_fd >= 0:
                 os.close(namespace_fd)
             with self._lock:
-                others, self._idle = self._idle or [], []
+                others, self._idle = self._idle or [], pair[1:]
                 if self._mother is not None:
                     others.append(self._mother)
-                self._mother = mother
-                with contextlib.suppress(UbiError):
-                    self._idle.append(self._fork(mother))  # two: one that is killed costs nothing
+                self._mother = pair[0]
             for other in (*others, agent):
-                if other is not mother:
+                if other is not pair[0]:
                     other.close()
+
+    def _confined(self, agent: AgentProcess, namespace_fd: int) -> list[AgentProcess]:
+        """Have two agents that are shut in, as one that is killed is to cost nothing.
+
+        Not `agent` itself: the kernel may still have a worker thread of one that ran a command, and
+        lets no process with two of them into a namespace.
+        """
+        for patience in (True, False):
+            first = self._fork(agent)
+            try:
+                first.confine(namespace_fd, time.monotonic() + DEFAULT_TIMEOUT_S)
+                return [first, self._fork(first)]
+            except (UbiError, AgentGoneError, TimeoutError):
+                first.abandon()
+                if not patience:
+                    raise
+            except BaseException:
+                first.abandon()
+                raise
+        raise AssertionError
 
     def openers(self, device: int) -> int:
         """Count the processes that have a block device (st_rdev) open. Raises UbiError."""
@@ -379,12 +394,17 @@ class Control:
             len=len(buffer),
         )
         header.data[0] = data
-        deadline = time.monotonic() + timeout_s
         lost = False
         while True:
             agent = self._take()
             try:
+                # The limit is the kernel's, not that of a start on a busy host.
+                agent.wait_ready(time.monotonic() + READY_TIMEOUT_S)
+                deadline = time.monotonic() + timeout_s
                 result, answer = agent.call(command, bytes(header), buffer, deadline)
+            except AgentLateError as error:
+                agent.abandon()
+                raise UbiError(str(error), Exit.TIMED_OUT) from None
             except TimeoutError:
                 agent.abandon()
                 raise _timeout(command, device_id, timeout_s, agent.pid) from None

@@ -134,5 +134,30 @@ def test_a_control_that_is_confined_forks() -> None:
             opened.stop_dev(1)
 
 
+def test_one_that_is_killed_while_it_is_shut_in_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    confine, killed = AgentProcess.confine, []
+
+    def die_first(agent: AgentProcess, namespace_fd: int, deadline: float) -> None:
+        if not killed:
+            killed.append(agent.pid)
+            os.kill(agent.pid, signal.SIGKILL)
+            wait_until_ended(agent.pid)
+        confine(agent, namespace_fd, deadline)
+
+    monkeypatch.setattr(AgentProcess, "confine", die_first)
+    with Control(agent_command=default_command("/dev/null")) as opened:
+        try:
+            opened.confine(join=False)
+        except OSError as error:
+            assert error.errno != errno.EIO, error  # it may be what is not permitted here
+        assert killed
+        assert opened._mother is not None
+        assert opened._mother.pid not in killed
+        assert len(opened._idle or []) == 1
+        asks(opened)
+
+
 def test_its_own_requests_are_no_commands_of_the_drivers() -> None:
     assert max(control_agent.CONFINE, control_agent.FORK, control_agent.OPENERS) < 1 << 8

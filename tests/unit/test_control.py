@@ -370,9 +370,31 @@ def test_a_closed_control_refuses(play):
 
 # ---- time limits -------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("body", [STUCK, SILENT], ids=["in a command", "at its start"])
-def test_a_late_command_is_abandoned(body):
+def test_a_helper_that_is_never_ready_is_abandoned(monkeypatch):
+    """The kernel has no part in that, and is not blamed for it."""
+    monkeypatch.setattr(control, "READY_TIMEOUT_S", 0.3)
+    with Control(agent_command=fake_agent(SILENT)) as opened:
+        (pid,) = idle_pids(opened)
+        with pytest.raises(UbiError, match=rf"process {pid}\) is not ready yet") as caught:
+            opened.stop_dev(3, timeout_s=20)
+        assert caught.value.code == Exit.TIMED_OUT
+        wait_until(lambda: gone(pid))
+
+
+def test_a_slow_start_does_not_count_as_the_commands_time():
+    body = """
+    time.sleep(0.5)
+    send(1, 2)
+    while True:
+        receive()
+        send(2, 0)
+    """
     with Control(agent_command=fake_agent(body)) as opened:
+        opened.stop_dev(3, timeout_s=0.3)
+
+
+def test_a_late_command_is_abandoned():
+    with Control(agent_command=fake_agent(STUCK)) as opened:
         (pid,) = idle_pids(opened)
         started = time.monotonic()
         with pytest.raises(ControlTimeout) as caught:
