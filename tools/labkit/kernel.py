@@ -141,7 +141,7 @@ def building(
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            report("another call is building it: waiting")
+            report("another call is building it: waiting for it")
             fcntl.flock(lock, fcntl.LOCK_EX)
         for left in cache.glob(stale):
             shutil.rmtree(left, ignore_errors=True)
