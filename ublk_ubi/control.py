@@ -177,42 +177,45 @@ class Control:
         a part of it only.
         """
         namespace_fd = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC) if join else -1
-        agent = self._take()
-        pair = [agent]  # not shut in, but there
+        first = self._take()
+        with self._lock:
+            others = [*(self._idle or []), *([self._mother] if self._mother is not None else [])]
+        pair = [first, *others]  # not shut in, but there
         try:
-            pair = self._confined(agent, namespace_fd)
+            pair = self._confined(pair, namespace_fd)
         except (UbiError, AgentGoneError, TimeoutError) as error:
             raise OSError(errno.EIO, str(error) or "it does not answer") from None
         finally:
             if namespace_fd >= 0:
                 os.close(namespace_fd)
+            alive = [agent for agent in pair if not agent.ended] or [first]
             with self._lock:
-                others, self._idle = self._idle or [], pair[1:]
-                if self._mother is not None:
-                    others.append(self._mother)
-                self._mother = pair[0]
-            for other in (*others, agent):
-                if other is not pair[0]:
+                self._mother, self._idle = alive[0], alive[1:2]
+            for other in (first, *others):
+                if other not in alive[:2]:
                     other.close()
 
-    def _confined(self, agent: AgentProcess, namespace_fd: int) -> list[AgentProcess]:
-        """Have two agents that are shut in, as one that is killed is to cost nothing.
+    def _confined(self, agents: list[AgentProcess], namespace_fd: int) -> list[AgentProcess]:
+        """Have two agents that are shut in; one that is killed meanwhile is to cost nothing.
 
-        Not `agent` itself: the kernel may still have a worker thread of one that ran a command, and
-        lets no process with two of them into a namespace.
+        Not `agents` themselves: the kernel may still have a worker thread of one that ran a
+        command, and lets no process with two of them into a namespace.
         """
-        for patience in (True, False):
-            first = self._fork(agent)
+        attempts = 2 * agents
+        while attempts:
+            agent = attempts.pop(0)
+            made: list[AgentProcess] = []
             try:
-                first.confine(namespace_fd, time.monotonic() + DEFAULT_TIMEOUT_S)
-                return [first, self._fork(first)]
-            except (UbiError, AgentGoneError, TimeoutError):
-                first.abandon()
-                if not patience:
+                made.append(self._fork(agent))
+                made[0].confine(namespace_fd, time.monotonic() + DEFAULT_TIMEOUT_S)
+                made.append(self._fork(made[0]))
+            except BaseException as error:
+                for process in made:
+                    process.abandon()
+                if not attempts or isinstance(error, OSError):
                     raise
-            except BaseException:
-                first.abandon()
-                raise
+            else:
+                return made
         raise AssertionError
 
     def openers(self, device: int) -> int:
