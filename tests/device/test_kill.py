@@ -32,7 +32,7 @@ MIB = 1 << 20
 STRIPE = 64 << 10
 SIZE = 4 * MIB
 LOAD_SIZE = 8 * MIB
-KILLS = 4
+KILLS = 3
 
 
 @pytest.mark.data_paths("zero-copy", "copy")

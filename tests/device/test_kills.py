@@ -36,7 +36,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio"),
 ]
 
-KILLS = -(-int(os.environ.get("UBLK_UBI_KILLS", "12")) // 4)     # that count, of each of four modes
+KILLS = -(-int(os.environ.get("UBLK_UBI_KILLS", "4")) // 4)     # that count, of each of four modes
 UPGRADES = int(os.environ.get("UBLK_UBI_UPGRADES", "2"))         # in a row, of each mode
 PAUSE_S = 1.0                      # the longest that an upgrade may take from a guest
 

@@ -218,16 +218,16 @@ def held(ubi: Ubi, undo: Undo, make_image: Callable[..., Image]) -> Held:
 @pytest.mark.parametrize(
     ("what", "taken_out", "waits"),
     [
-        ("stripe", [], True), ("stripe", NO_LOCK, True), ("stripe", NO_UBLKC, True),
+        ("stripe", NO_LOCK, True), ("stripe", NO_UBLKC, True),
         ("stripe", NO_LOCK + NO_UBLKC, False),
-        ("header", [], True), ("header", NO_LOCK, True), ("header", NO_UBLKC, True),
+        ("header", NO_LOCK, True), ("header", NO_UBLKC, True),
         ("header", NO_LOCK + NO_UBLKC, False),
         # A queue's ring has ublkc in any case: its commands go there.
         ("guest", [], True), ("guest", NO_LOCK, True),
     ],
     ids=[
-        "stripe-both", "stripe-ublkc-alone", "stripe-lock-alone", "stripe-neither",
-        "header-both", "header-ublkc-alone", "header-lock-alone", "header-neither",
+        "stripe-ublkc-alone", "stripe-lock-alone", "stripe-neither",
+        "header-ublkc-alone", "header-lock-alone", "header-neither",
         "guest-both", "guest-ublkc-alone",
     ],
 )

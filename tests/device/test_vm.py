@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from support.device import Device, Ubi
 
 MIB = 1 << 20
-FILES = 6
+FILES = 4
 FILE_KIB = 768
 HOME = "/srv/vm"
 
