@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def test_install_and_uninstall_say_what_they_do(roots: Path) -> None:
-    (roots / "root").mkdir()
-    place = ("--root", str(roots / "root"))
+    (roots / "host").mkdir()
+    place = ("--root", str(roots / "host"))
     found = run("systemd", "install", *place)
     assert (found.code, found.err) == (0, "")
-    unit = f"{roots}/root/etc/systemd/system/ublk-ubi@.service"
+    unit = f"{roots}/host/etc/systemd/system/ublk-ubi@.service"
     assert found.out.splitlines()[0] == f"written   {unit}"
     again = json.loads(run("systemd", "install", *place, "--json").out)
     assert again["schema"] == 1
