@@ -212,7 +212,8 @@ class Control:
             except BaseException as error:
                 for process in made:
                     process.abandon()
-                if not attempts or isinstance(error, OSError):
+                # Only its end is a reason for another try: no refusal, no signal to this process.
+                if not attempts or not isinstance(error, UbiError | AgentGoneError):
                     raise
             else:
                 return made

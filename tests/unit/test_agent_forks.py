@@ -159,5 +159,20 @@ def test_one_that_is_killed_while_it_is_shut_in_costs_nothing(
         asks(opened)
 
 
+def test_a_signal_while_it_is_shut_in_goes_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def interrupted(agent: AgentProcess, namespace_fd: int, deadline: float) -> None:
+        calls.append((agent.pid, namespace_fd, deadline))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AgentProcess, "confine", interrupted)
+    with Control(agent_command=default_command("/dev/null")) as opened:
+        with pytest.raises(KeyboardInterrupt):
+            opened.confine(join=False)
+        assert len(calls) == 1
+        asks(opened)
+
+
 def test_its_own_requests_are_no_commands_of_the_drivers() -> None:
     assert max(control_agent.CONFINE, control_agent.FORK, control_agent.OPENERS) < 1 << 8
