@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+COUNTED = (b"Anonymous:", b"Locked:")
 
-def private_bytes() -> int | None:
-    """Return the bytes of anonymous and shared-memory pages mapped here, locked ones among them.
 
-    The rest of a process's resident set is files (programs, libraries) that the kernel can drop
-    and read again. None where /proc does not tell (proc(5), RssAnon and RssShmem).
+def own_bytes() -> int | None:
+    """Return the bytes of private and of locked pages mapped here, each counted once.
+
+    Of locked files (programs, libraries) it is this process's share: the kernel divides a page's
+    size among those who map it. Other pages of files can be dropped and read again. None where
+    /proc does not tell (proc(5), smaps).
     """
-    total = 0
+    total_kib = 0
+    of_mapping = dict.fromkeys(COUNTED, 0)
     try:
-        with open("/proc/self/status", "rb") as file:
+        with open("/proc/self/smaps", "rb") as file:
             for line in file:
-                if line.startswith((b"RssAnon:", b"RssShmem:")):
-                    total += int(line.split()[1]) << 10
+                key, *values = line.split(maxsplit=2)
+                if key in of_mapping:
+                    of_mapping[key] = int(values[0])
+                elif key == b"VmFlags:":  # a mapping's last line
+                    total_kib += max(of_mapping.values())
     except (OSError, ValueError, IndexError):
         return None
-    return total or None
+    return total_kib << 10 or None

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ublk_ubi.files import uuid_text
-from ublk_ubi.memory import private_bytes
+from ublk_ubi.memory import own_bytes
 from ublk_ubi.sizes import human_size
 from ublk_ubi.table import VERSION as TABLE_VERSION
 
@@ -70,7 +70,7 @@ def describe(session: Session, state: str) -> dict[str, Any]:
             "hydrated": stripes["hydrated"] * stripe_size,
             "needed": (stripes["total"] - stripes["hydrated"]) * stripe_size,
         },
-        "memory": private_bytes(),
+        "memory": own_bytes(),
         "sandbox": session.sandbox.state,
         "io": plane.io(),
         **counters,

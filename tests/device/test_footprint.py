@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -25,10 +26,13 @@ MOST = {"zero-copy": 32 * MIB, "copy": 64 * MIB}
 
 
 def smaps(device: Device) -> int:
-    """Private and locked bytes, as the kernel counts them. Locked is the table, a shared file."""
-    rollup = Path(f"/proc/{device.pid}/smaps_rollup").read_text().splitlines()
-    fields = {line.split(":")[0]: int(line.split()[1]) for line in rollup[1:]}
-    return (fields["Anonymous"] + fields["Locked"]) << 10
+    """Private and locked bytes, as the kernel counts them; a page may be both."""
+    text = Path(f"/proc/{device.pid}/smaps").read_text()
+    total = 0
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", text, flags=re.MULTILINE)[1:]:
+        fields = dict(re.findall(r"^(\w+): +(\d+) kB$", mapping, re.MULTILINE))
+        total += max(int(fields["Anonymous"]), int(fields["Locked"]))
+    return total << 10
 
 
 @pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio")
