@@ -52,7 +52,10 @@ cdef void tell(ThreadBase* base, uint32_t state, int32_t status) noexcept nogil:
 
 
 cdef bint set_up(ThreadBase* base, Doorbell* bell, uint32_t entries) noexcept nogil:
-    """The ring, made by the thread that submits. False, and told, when it cannot be had."""
+    """The ring, made by the thread that submits. False, and told, when it cannot be had.
+
+    A ring may be for the privileged (io_uring_disabled = 1); most of what is done with it is not.
+    """
     cdef int status
     # Memory that this thread allocates in the kernel must not wait for I/O through its own disk.
     prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0)
@@ -61,8 +64,6 @@ cdef bint set_up(ThreadBase* base, Doorbell* bell, uint32_t entries) noexcept no
     if status < 0:
         tell(base, THREAD_FAILED, status)
         return False
-    # A ring may be for the privileged (io_uring_disabled = 1); what is done with it is not.
-    drop_capabilities()
     base.ring.base_is_block = base.device.base_is_block
     base.ring.block = base.device.block
     base.ring.zeros = base.device.zeros
@@ -294,6 +295,8 @@ cdef void run_queue(QueueThread* thread) noexcept nogil:
     for tag in range(thread.queue.depth):
         tell_ublk(thread, UBI_U_IO_FETCH_REQ, tag, 0)
     ring_enter(&base.ring, 0)
+    # Who fetches without them is not trusted with partitions: START_DEV would look for none.
+    drop_capabilities()
     tell(base, THREAD_RUNNING, 0)
     while thread.tags_gone < thread.queue.depth or thread.queue.active > 0:
         queue_wait(thread, own)
@@ -476,6 +479,7 @@ cdef void run_hydrator(HydratorThread* thread) noexcept nogil:
     cdef uint64_t now
     if not set_up(base, own, 2 * base.op_count + 8):
         return
+    drop_capabilities()
     base.ring.memory[<int>MEM_STRIPE].start = thread.stripes
     base.ring.memory[<int>MEM_STRIPE].stride = device.shared.stripe_bytes
     base.ring.memory[<int>MEM_PAGE].start = thread.pages

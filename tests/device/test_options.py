@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pwd
 import stat
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.direct import assert_content, read_direct
-from support.shell import run
+from support.shell import run, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +24,7 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 STRIPE = 256 * KIB
 SIZE = 8 * MIB
 IMAGE_SIZE = 3 * MIB + 1
+BLKRRPART = 0x125F  # linux/fs.h
 SECRET = b"what was there before, of 32 B.\n"
 
 
@@ -89,13 +91,21 @@ def test_the_host_looks_for_partitions_when_told(
     run("sfdisk", "-q", image.path, stdin="label: dos\nstart=2048, size=4096, type=83\n")
     device = ubi.add(image, make_base(0), partscan=partscan or None)
     name = os.path.basename(device.node)
-    assert Path("/sys/block", name, f"{name}p1").exists() == partscan
-    if partscan:
+    partition = Path("/sys/block", name, f"{name}p1")
+    if partscan:  # the kernel looks behind START_DEV's back
+        until(partition.exists, "the partition that the image has")
         disk = Path(image.path).read_bytes()
         found = read_direct(f"{device.node}p1", 0, 2 * MIB)
         assert found == disk[MIB : 3 * MIB]
         device.reopen()
-        assert Path("/sys/block", name, f"{name}p1").exists()
+        until(partition.exists, "the partition, once more")
+    else:
+        device.reopen()
+        assert not partition.exists()
+        assert device.status()["io"]["read"]["count"] == 0  # nor has anybody looked
+        with open(device.node, "rb") as disk_file:
+            fcntl.ioctl(disk_file, BLKRRPART)
+        assert partition.exists()  # there was something to be found
 
 
 # -- the price of a large image ------------------------------------------------------------------
