@@ -57,6 +57,7 @@ USERS_PATIENCE_S = 0.3
 """How long one may have the disk open who does not use it, but looks at it."""
 
 UPGRADER_END_S = 5.0
+BARRIER_S = 5.0
 
 
 class StopParams(msgspec.Struct, forbid_unknown_fields=True):
@@ -149,6 +150,12 @@ class Daemon:
         if self._patient_until is None:
             return due
         return USERS_PERIOD_S if due is None else min(due, USERS_PERIOD_S)
+
+    def signals(self) -> bytes:
+        """Take the numbers of signals that came and were not heeded: after it had left."""
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self._signals_fd, 64)
+        return b""
 
     # ---- requests ---------------------------------------------------------------------------
 
@@ -373,10 +380,11 @@ def stand_by(name: str, upgrader: int, resume: threading.Event) -> bool:
     return True
 
 
-def hand_over(name: str, upgrader: int, manager: Manager) -> None:
+def hand_over(name: str, upgrader: int, manager: Manager, signals: Callable[[], bytes]) -> None:
     """Tell the service manager which process serves the disk now.
 
-    Not before the upgrader has ended: only then the new daemon is a child of the manager's.
+    Not before the upgrader has ended: only then the new daemon is a child of the manager's. What
+    the manager asked of this process until it heard that (`signals`) is for the next one.
     """
     if not manager.listens:
         return
@@ -387,6 +395,9 @@ def hand_over(name: str, upgrader: int, manager: Manager) -> None:
     for device in runtime.all_devices():
         if device.name == name and device.alive and device.pid is not None:
             manager.tell(f"MAINPID={device.pid}")
+            manager.barrier(BARRIER_S)
+            for number in signals():
+                os.kill(device.pid, number)
 
 
 def serve_to_the_end(session: Session, daemon: Daemon, manager: Manager) -> int:
@@ -400,7 +411,7 @@ def serve_to_the_end(session: Session, daemon: Daemon, manager: Manager) -> int:
             return code
         name = session.claim.name
         if stand_by(name, daemon.upgrader, resume):
-            hand_over(name, daemon.upgrader, manager)
+            hand_over(name, daemon.upgrader, manager, daemon.signals)
             return code
         log("no other daemon has come up: going on")
         session = Session(
@@ -408,7 +419,10 @@ def serve_to_the_end(session: Session, daemon: Daemon, manager: Manager) -> int:
             before=session,
         )
         session.start(recover=True)
+        unheard = daemon.signals()
         daemon = Daemon(session, manager)
+        for number in unheard:
+            signal.raise_signal(number)
         log(f"{name} is live again: {session.info.disk_path}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import threading
 import time
@@ -64,6 +65,19 @@ class Manager:
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.send("\n".join(words).encode(errors="replace"))
+
+    def barrier(self, timeout_s: float) -> None:
+        """Wait until all that was told has been heard (sd_notify_barrier)."""
+        if self._socket is None:
+            return
+        read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+        try:
+            with contextlib.suppress(OSError):
+                socket.send_fds(self._socket, [b"BARRIER=1"], [write_fd])
+        finally:
+            os.close(write_fd)
+        select.select([read_fd], [], [], timeout_s)  # it closes its copy
+        os.close(read_fd)
 
     def ready(self, line: str) -> None:
         """Say that the disk is live."""

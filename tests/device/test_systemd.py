@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.limit(600)
 MIB = 1 << 20
+NO_DEVICE = 4
 SIZE = 8 * MIB
 NAME = "vm1"
 UNIT = f"ublk-ubi@{NAME}.service"
@@ -63,6 +64,19 @@ def test_a_host_that_goes_down_and_comes_back(host: Host) -> None:
     host.do("mount", LINK, mounted)
     assert host.do("cat", f"{mounted}/file") == "kept\n"
     host.do("umount", mounted)
+
+
+def test_a_unit_that_is_stopped_amid_a_reload(host: Host) -> None:
+    """What systemd asks of the old daemon, as it knows no other yet, is for the new one."""
+    pid = host.facts(UNIT)["MainPID"]
+    host.do("sh", "-c", f"systemctl reload {UNIT} && systemctl stop {UNIT}")
+    facts = host.facts(UNIT)
+    assert (facts["ActiveState"], facts["Result"]) == ("inactive", "success"), host.console()
+    assert host.ubi("status", NAME).code == NO_DEVICE
+    host.do("systemctl", "start", UNIT)
+    facts = host.facts(UNIT)
+    assert facts["ActiveState"] == "active"
+    assert facts["MainPID"] != pid
 
 
 def test_a_disk_that_a_service_adds_outlives_it(

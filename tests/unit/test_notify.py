@@ -34,6 +34,12 @@ class Listener:
         except (BlockingIOError, TimeoutError):
             return []
 
+    def heard_with_files(self) -> tuple[bytes, list[int]]:
+        """The next message, and the descriptors that came with it."""
+        self._socket.settimeout(5.0)
+        words, fds, _, _ = socket.recv_fds(self._socket, 65536, 8)
+        return words, fds
+
     def close(self) -> None:
         self._socket.close()
 
@@ -64,6 +70,22 @@ def test_the_words_of_a_life(listener: Listener, manager: Manager) -> None:
     manager.look(lambda: "stopping, and nothing that anybody wants to know")
     assert manager.wait_s(None) is None
     assert listener.heard() == []
+
+
+@pytest.mark.parametrize("listener", ["path"], indirect=True)
+def test_a_barrier_ends_when_all_has_been_heard(listener: Listener, manager: Manager) -> None:
+    manager.tell("MAINPID=7")
+    waiting = threading.Thread(target=manager.barrier, args=(60.0,))
+    waiting.start()
+    assert listener.heard(5.0) == ["MAINPID=7"]
+    words, fds = listener.heard_with_files()
+    assert words == b"BARRIER=1"
+    waiting.join(0.1)
+    assert waiting.is_alive()
+    os.close(*fds)
+    waiting.join(5.0)
+    assert not waiting.is_alive()
+    manager.barrier(0.05)  # nobody hears it: an end all the same
 
 
 def test_the_process_has_it_and_its_children_have_not(
