@@ -58,6 +58,8 @@ USERS_PATIENCE_S = 0.3
 
 UPGRADER_END_S = 5.0
 BARRIER_S = 5.0
+ASKED_S = 5.0
+"""How long a stop that had begun before the manager heard of a new daemon may take to ask."""
 
 
 class StopParams(msgspec.Struct, forbid_unknown_fields=True):
@@ -151,9 +153,9 @@ class Daemon:
             return due
         return USERS_PERIOD_S if due is None else min(due, USERS_PERIOD_S)
 
-    def signals(self) -> bytes:
+    def signals(self, timeout_s: float = 0.0) -> bytes:
         """Take the numbers of signals that came and were not heeded: after it had left."""
-        with contextlib.suppress(BlockingIOError):
+        if select.select([self._signals_fd], [], [], timeout_s)[0]:
             return os.read(self._signals_fd, 64)
         return b""
 
@@ -380,24 +382,34 @@ def stand_by(name: str, upgrader: int, resume: threading.Event) -> bool:
     return True
 
 
-def hand_over(name: str, upgrader: int, manager: Manager, signals: Callable[[], bytes]) -> None:
+def wait_for_end(pid: int, timeout_s: float | None = None) -> None:
+    """Wait until a process has ended."""
+    with contextlib.suppress(OSError):
+        fd = os.pidfd_open(pid)
+        select.select([fd], [], [], timeout_s)
+        os.close(fd)
+
+
+def hand_over(
+    name: str, upgrader: int, manager: Manager, signals: Callable[[float], bytes],
+) -> None:
     """Tell the service manager which process serves the disk now.
 
     Not before the upgrader has ended: only then the new daemon is a child of the manager's. What
-    the manager asked of this process until it heard that (`signals`) is for the next one.
+    the manager asked of this process until it heard that (`signals`) is for the next one: then it
+    hears of no other main process, and takes this one's end for the unit's.
     """
     if not manager.listens:
         return
-    with contextlib.suppress(OSError):
-        upgrader_fd = os.pidfd_open(upgrader)
-        select.select([upgrader_fd], [], [], UPGRADER_END_S)
-        os.close(upgrader_fd)
+    wait_for_end(upgrader, UPGRADER_END_S)
     for device in runtime.all_devices():
         if device.name == name and device.alive and device.pid is not None:
             manager.tell(f"MAINPID={device.pid}")
             manager.barrier(BARRIER_S)
-            for number in signals():
-                os.kill(device.pid, number)
+            if numbers := signals(ASKED_S):
+                for number in numbers:
+                    os.kill(device.pid, number)
+                wait_for_end(device.pid)
 
 
 def serve_to_the_end(session: Session, daemon: Daemon, manager: Manager) -> int:
