@@ -171,8 +171,11 @@ def look(device: Device, timeout_s: float = ASK_TIMEOUT_S) -> There | None:
     )
     again = f"`ublk-ubi spdk attach {device.name}` makes it anew"
     try:
-        if _file_of_bdev(found, timeout_s) is None:
+        file = _file_of_bdev(found, timeout_s)
+        if file is None:
             there.problem = f"SPDK has no bdev {found.bdev}: {again}"
+        elif file != links.link_path(device.name):
+            there.problem = _foreign(found, file, links.link_path(device.name))
         elif found.vhost is not None:
             controller = find_controller(found.socket, found.vhost, timeout_s)
             if controller is None or _bdev_of(controller) != found.bdev:
@@ -202,13 +205,14 @@ def _make_bdev(device: Device, wanted: Attachment, timeout_s: float) -> bool:
     if found == link:
         return False
     if found is not None:
-        raise UbiError(
-            f"SPDK at {wanted.socket} has a bdev {wanted.bdev} of {found or 'another kind'}, not a "
-            f"{wanted.kind} bdev of {link}: delete it there first",
-            Exit.BUSY,
-        )
+        raise UbiError(_foreign(wanted, found, link), Exit.BUSY)
     call(wanted.socket, request["method"], request["params"], timeout_s)
     return True
+
+
+def _foreign(wanted: Attachment, file: str, link: str) -> str:
+    return (f"SPDK at {wanted.socket} has a bdev {wanted.bdev} of {file or 'another kind'}, not a "
+            f"{wanted.kind} bdev of {link}: delete it there first")
 
 
 def _file_of_bdev(wanted: Attachment, timeout_s: float) -> str | None:
@@ -229,7 +233,14 @@ def _make_controller(wanted: Attachment, timeout_s: float) -> str | None:
     assert wanted.vhost is not None
     found = find_controller(wanted.socket, wanted.vhost, timeout_s)
     if found is not None and _bdev_of(found) is None:
-        # Its bdev went, and it serves nothing any more.
+        # Its bdev went, and it serves nothing any more. SPDK would hold the answer, and the wish,
+        # until its VM has left.
+        if found.get("sessions"):
+            raise UbiError(
+                f"a VM whose disk was taken away is still connected to {wanted.vhost} "
+                f"({found.get('socket')}): end it first, or give another --vhost",
+                Exit.BUSY,
+            )
         call(wanted.socket, "vhost_delete_controller", {"ctrlr": wanted.vhost}, timeout_s)
         found = None
     if found is None:

@@ -44,6 +44,11 @@ class HydrateParams(msgspec.Struct, forbid_unknown_fields=True):
     rate: int | Literal["max"] | None = None
 
 
+class ResizeParams(msgspec.Struct, forbid_unknown_fields=True):
+    size: int
+    keep_old_data: bool = False
+
+
 TOTAL, STRIPE = 2252, 1 << 20
 
 
@@ -106,7 +111,7 @@ class Fake:
             self.claim.socket,
             {
                 "status": (NoParams, self.status), "stop": (StopParams, self.stop),
-                "hydrate": (HydrateParams, self.hydrate),
+                "hydrate": (HydrateParams, self.hydrate), "resize": (ResizeParams, self.resize),
             },
             selector,
         )
@@ -159,6 +164,10 @@ class Fake:
         else:
             hydration.state = "low-space" if self.kind == "full" else "running"
         return self.status(NoParams())
+
+    def resize(self, params: ResizeParams) -> Any:
+        os.truncate(self.device, params.size)
+        return {"size": params.size}
 
     def copy(self) -> None:
         if self.hydration.state == "running" and self.kind == "copies":

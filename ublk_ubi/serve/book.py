@@ -214,9 +214,15 @@ class Book:
             self._write()
 
     def forget(self, name: str) -> None:
-        """Drop a disk that is gone."""
+        """Drop a disk that is gone; SPDK's controllers of it serve nothing, and it saves none."""
         with self._lock:
-            if self._told.disks.pop(name, None) is not None:
+            controllers = {
+                ctrlr: call for ctrlr, call in self._told.controllers.items()
+                if call["params"].get("dev_name") != name
+            }
+            dropped = len(controllers) != len(self._told.controllers)
+            self._told.controllers = controllers
+            if self._told.disks.pop(name, None) is not None or dropped:
                 self._write()
 
     # controllers -----------------------------------------------------------------------------

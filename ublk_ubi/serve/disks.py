@@ -285,7 +285,11 @@ class Disks:
             device = self._find(name)
             params = {"size": size, "keep_old_data": keep_old_data}
             answer = rpc.call(device.socket, "resize", params, RESIZE_TIMEOUT_S)
+        try:
             rescanned = spdk.rescan(device)
+        except UbiError as error:
+            rescanned = False
+            self._report(f"{name}: has grown, and SPDK does not know: {error.message}")
         self._report(f"{name}: {answer['size']} bytes")
         return {"name": name, "size": answer["size"], "rescanned": rescanned}
 

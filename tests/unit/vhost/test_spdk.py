@@ -175,6 +175,11 @@ def test_a_connected_vm_keeps_its_disk(add: Add, spdk: Spdk) -> None:
         assert set(spdk.bdevs()) == {"vm1"}
         assert inline("spdk", "detach", "vm1", "--force").code == 0
         assert spdk.bdevs() == {}
+        # SPDK keeps the controller for the VM, and would keep who asks to delete it waiting.
+        words = refused("spdk", "attach", "vm1", "--socket", spdk.socket, "--vhost", "vhost.0",
+                        code=Exit.BUSY)
+        assert f"a VM whose disk was taken away is still connected to vhost.0 ({path})" in words
+        assert spdk.bdevs() == {}
     until(lambda: not spdk.controllers()["vhost.0"]["sessions"], "it has left")
     assert attach(spdk, "vm1", "--vhost", "vhost.0") == path
 
@@ -199,6 +204,12 @@ def test_what_is_in_the_way(add: Add, spdk: Spdk, tmp_path: Path) -> None:
     attach(spdk, "vm1")
     words = refused("spdk", "attach", "vm1", "--bdev", "aio", code=Exit.BUSY)
     assert "vm1 is attached otherwise (uring bdev vm1 of" in words
+    # Its bdev's name went to another one.
+    spdk.call("bdev_uring_delete", name="vm1")
+    spdk.call("bdev_uring_create", name="vm1", filename=str(tmp_path / "other"))
+    found = inline("spdk", "status")
+    assert (found.code, "missing" in found.out) == (Exit.DEGRADED, True)
+    assert f"has a bdev vm1 of {tmp_path / 'other'}, not a uring bdev of" in found.err
 
 
 def test_no_spdk(add: Add, tmp_path: Path, spdk: Spdk) -> None:
@@ -297,8 +308,12 @@ def test_serve_for_spdk(served: Any, spdk: Spdk) -> None:
     assert served.call("save_config") == saved | {"subsystems": [
         served.call("save_config")["subsystems"][0], saved["subsystems"][1]]}
     assert served.call("vhost_delete_controller", ctrlr="vhost.0") is True
+    # One that is left behind by its disk serves nothing, and is not saved.
+    served.call("vhost_create_blk_controller", ctrlr="vhost.2", dev_name="vm2")
     for name in ("ubi0", "vm2"):
         assert served.call("bdev_ubi_delete", name=name) is True
+    assert [entry["subsystem"] for entry in served.call("save_config")["subsystems"]] == ["bdev"]
+    assert served.call("vhost_delete_controller", ctrlr="vhost.2") is True
     assert (spdk.bdevs(), spdk.controllers()) == ({}, {})
     assert runtime.all_devices() == []
 
@@ -319,6 +334,19 @@ def test_a_disk_that_spdk_does_not_take_is_not_made(served: Any, spdk: Spdk) -> 
     assert runtime.all_devices() == []
     spdk.start()
     assert served.call("bdev_ubi_create", **disk) == "ubi0"
+
+
+def test_a_disk_grows_while_spdk_is_away(served: Any, spdk: Spdk) -> None:
+    served.start("--spdk", spdk.socket)
+    assert served.call("bdev_ubi_create", **served.disk()) == "ubi0"
+    spdk.kill()
+    grown = served.call("bdev_ubi_resize", name="ubi0", size=6 * GIB)
+    assert grown == {"name": "ubi0", "size": 6 * GIB, "rescanned": False}
+    assert "ubi0: has grown, and SPDK does not know: SPDK does not answer" in served.log
+    spdk.start()
+    until(lambda: "SPDK has its bdev again" in served.log, "SPDK has it again")
+    bdev = spdk.bdevs()["ubi0"]
+    assert bdev["num_blocks"] * bdev["block_size"] == 6 * GIB
 
 
 def test_spdk_may_come_later(served: Any, spdk: Spdk) -> None:
