@@ -1,6 +1,4 @@
-"""A VM that has a disk of ours over vhost-user-blk, as SPDK would give it to it.
-
-    /dev/ublk-ubi/NAME → qemu-storage-daemon (vhost-user-blk) → qemu-system-x86_64 (virtio-blk)
+"""A VM that has a disk over vhost-user-blk (support/vhost.py): qemu-system-x86_64, virtio-blk.
 
 The VM boots Debian's packaged kernel with a root filesystem of Debian's packages: the lab's Debian
 machine (tools/labkit/machine.py), whose disk is the image. Instead of an init it runs a shell
@@ -13,7 +11,6 @@ import os
 import select
 import subprocess
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from labkit import machine
@@ -27,7 +24,6 @@ MEMORY = "384M"
 BOOT_S = 150.0
 MAKING_S = 600.0
 SCRIPT_BYTES = 16 << 10
-SERVER = "qemu-storage-daemon"
 QEMU = "qemu-system-x86_64"
 
 
@@ -39,49 +35,6 @@ def debian() -> machine.DebianMachine | None:
         assert time.monotonic() < deadline, f"the machine in {cache} is not ready in {MAKING_S:g} s"
         time.sleep(1)
     return made
-
-
-@dataclass
-class Server:
-    """What serves a block device as a vhost-user-blk device on a socket."""
-
-    process: subprocess.Popen[bytes]
-    socket: Path
-
-    @classmethod
-    def start(cls, device: str, folder: Path) -> Self:
-        """Export `device`; returns when the socket is there."""
-        socket = folder / "vhost.sock"
-        socket.unlink(missing_ok=True)
-        node = f"driver=host_device,node-name=disk,filename={device},cache.direct=on,discard=unmap"
-        export = (f"type=vhost-user-blk,id=export,node-name=disk,writable=on,"
-                  f"addr.type=unix,addr.path={socket}")
-        process = subprocess.Popen([SERVER, "--blockdev", node, "--export", export])
-        deadline = time.monotonic() + 30
-        while not socket.exists():
-            assert process.poll() is None, f"{SERVER} ended: {process.returncode}"
-            assert time.monotonic() < deadline, f"{SERVER} made no {socket}"
-            time.sleep(0.01)
-        return cls(process, socket)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.kill()
-
-    def stop(self) -> None:
-        """Let it close the disk."""
-        self.process.terminate()
-        assert self.process.wait(30) == 0
-
-    def kill(self) -> None:
-        """End it as a power cut would."""
-        self.process.kill()
-        self.process.wait(30)
 
 
 class Vm:
