@@ -66,7 +66,7 @@ def test_a_host_that_goes_down_and_comes_back(host: Host) -> None:
     host.do("umount", mounted)
 
 
-# Reloads a unit, and stops the old daemon ($2) as it stands once the new one serves the disk's queue.
+# Reloads a unit, and stops the old daemon ($2) as it stands once the new one serves the queue.
 RELOAD = """
 import glob, os, signal, subprocess, sys
 unit, old = sys.argv[1:]
