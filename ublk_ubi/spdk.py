@@ -33,6 +33,7 @@ TIMEOUT_S = 30.0
 ASK_TIMEOUT_S = 5.0
 _RECORD = "spdk.json"
 _INTERNAL_ERROR = -32603  # what SPDK says of a controller that is not there
+_NO_METHOD = -32601
 
 
 class Attachment(msgspec.Struct, kw_only=True, frozen=True, omit_defaults=True):
@@ -145,15 +146,17 @@ def attach(device: Device, wanted: Attachment, timeout_s: float = TIMEOUT_S) -> 
 def detach(device: Device, *, force: bool = False, timeout_s: float = TIMEOUT_S) -> None:
     """Take controller and bdev away from SPDK; one that does not run has neither.
 
-    Raises UbiError: not attached; busy while a VM is connected, without `force`, which takes its
-    disk away.
+    A controller that `attach` did not make stays, and serves nothing any more. Raises UbiError: not
+    attached; busy while a VM is connected, without `force`, which takes its disk away.
     """
     found = attachment_of(device)
     if found is None:
         raise UbiError(f"{device.name} is not attached to SPDK: nothing to do")
     try:
+        if not force:
+            _refuse_connected(found, timeout_s)
         if found.vhost is not None:
-            _delete_controller(found, force=force, timeout_s=timeout_s)
+            _delete_controller(found, timeout_s)
         _delete_bdev(found, timeout_s)
     except rpc.NoAnswerError as error:
         if error.code == Exit.TIMED_OUT:
@@ -176,13 +179,15 @@ def look(device: Device, timeout_s: float = ASK_TIMEOUT_S) -> There | None:
             there.problem = f"SPDK has no bdev {found.bdev}: {again}"
         elif file != links.link_path(device.name):
             there.problem = _foreign(found, file, links.link_path(device.name))
-        elif found.vhost is not None:
-            controller = find_controller(found.socket, found.vhost, timeout_s)
-            if controller is None or _bdev_of(controller) != found.bdev:
+        else:
+            serving = [one for one in _controllers_of(found, timeout_s)
+                       if found.vhost in (None, one.get("ctrlr"))]
+            if serving:
+                there.vhost = serving[0].get("ctrlr")
+                there.vhost_socket = serving[0].get("socket")
+                there.sessions = len(serving[0].get("sessions") or ())
+            elif found.vhost is not None:
                 there.problem = f"SPDK has no controller {found.vhost} of {found.bdev}: {again}"
-            else:
-                there.vhost_socket = controller.get("socket")
-                there.sessions = len(controller.get("sessions") or ())
     except UbiError as error:
         there.problem = error.message
     return there
@@ -275,20 +280,34 @@ def _bdev_of(controller: dict[str, Any]) -> str | None:
     return None if bdev is None else str(bdev)
 
 
-def _delete_controller(found: Attachment, *, force: bool, timeout_s: float) -> None:
-    assert found.vhost is not None
-    controller = find_controller(found.socket, found.vhost, timeout_s)
-    if controller is None:
-        return
-    if controller.get("sessions"):
-        if not force:
+def _refuse_connected(found: Attachment, timeout_s: float) -> None:
+    """Refuse while a VM has the disk, by whosever controller. Raises UbiError."""
+    for controller in _controllers_of(found, timeout_s):
+        if controller.get("sessions"):
             raise UbiError(
-                f"a VM is connected to {found.vhost} ({controller.get('socket')}): end it first, "
-                "or take its disk away with --force",
+                f"a VM is connected to {controller.get('ctrlr')} ({controller.get('socket')}): end "
+                "it first, or take its disk away with --force",
                 Exit.BUSY,
             )
-        return  # SPDK keeps it as long as the VM is connected; what it serves goes
-    call(found.socket, "vhost_delete_controller", {"ctrlr": found.vhost}, timeout_s)
+
+
+def _controllers_of(found: Attachment, timeout_s: float) -> list[dict[str, Any]]:
+    """List the controllers that serve a bdev; an SPDK without vhost has none."""
+    try:
+        there = call(found.socket, "vhost_get_controllers", {}, timeout_s)
+    except rpc.RpcError as error:
+        if error.rpc_code == _NO_METHOD:
+            return []
+        raise
+    return [controller for controller in there if _bdev_of(controller) == found.bdev]
+
+
+def _delete_controller(found: Attachment, timeout_s: float) -> None:
+    """Delete it, but while a VM is connected: then SPDK keeps it, and what it serves goes."""
+    assert found.vhost is not None
+    controller = find_controller(found.socket, found.vhost, timeout_s)
+    if controller is not None and not controller.get("sessions"):
+        call(found.socket, "vhost_delete_controller", {"ctrlr": found.vhost}, timeout_s)
 
 
 def _delete_bdev(found: Attachment, timeout_s: float) -> None:

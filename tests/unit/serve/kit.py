@@ -31,6 +31,10 @@ import sys
 from ublk_ubi import launch
 from ublk_ubi.cli import main
 launch.daemon_command = lambda: [sys.executable, {str(FAKE)!r}]
+if {bool(os.environ.get("UBLK_UBI_SPDK"))}:
+    from unit.vhost.files import with_block_size
+    from ublk_ubi import spdk
+    spdk.bdev_call = with_block_size
 main()
 """
 GIB = 1 << 30

@@ -11,6 +11,9 @@ import pytest
 from spdkpeer import Spdk
 from unit.serve.conftest import served  # noqa: F401 - a fixture
 from unit.serve.kit import CHECKOUT, WITH_FAKES, end_all
+from unit.vhost.files import with_block_size
+
+from ublk_ubi import spdk as under_spdk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,9 +23,11 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def spdk(tmp_path: Path) -> Iterator[Spdk]:
+def spdk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Spdk]:
     """SPDK, started."""
     found = Spdk(tmp_path).start()
+    if found.real:
+        monkeypatch.setattr(under_spdk, "bdev_call", with_block_size)
     yield found
     found.kill()
 

@@ -8,7 +8,6 @@ import signal
 import socket
 from typing import TYPE_CHECKING, Any
 
-import pytest
 from spdk.rpc import config as spdk_config
 from spdk.rpc.client import JSONRPCClient
 from unit.cli.kit import inline, is_one_line
@@ -163,8 +162,6 @@ def test_attach_again_after_spdk_restarted(add: Add, spdk: Spdk) -> None:
 
 
 def test_a_connected_vm_keeps_its_disk(add: Add, spdk: Spdk) -> None:
-    if spdk.real:
-        pytest.skip("SPDK counts a VM that has negotiated, which a bare connection does not")
     add()
     path = attach(spdk, "vm1", "--vhost", "vhost.0")
     with connect(path):
@@ -182,6 +179,20 @@ def test_a_connected_vm_keeps_its_disk(add: Add, spdk: Spdk) -> None:
         assert spdk.bdevs() == {}
     until(lambda: not spdk.controllers()["vhost.0"]["sessions"], "it has left")
     assert attach(spdk, "vm1", "--vhost", "vhost.0") == path
+    # So does one whose controller is another's doing.
+    assert inline("spdk", "detach", "vm1").code == 0
+    attach(spdk, "vm1")
+    spdk.call("vhost_create_blk_controller", ctrlr="theirs", dev_name="vm1")
+    path = spdk.controllers()["theirs"]["socket"]
+    with connect(path):
+        until(lambda: spdk.controllers()["theirs"]["sessions"], "it is connected")
+        rows = [line.split() for line in inline("spdk", "status").out.splitlines()]
+        assert rows[1] == ["vm1", "uring", "vm1", "theirs", path, "1", "ok"]
+        words = refused("spdk", "detach", "vm1", code=Exit.BUSY)
+        assert f"a VM is connected to theirs ({path})" in words
+    until(lambda: not spdk.controllers()["theirs"]["sessions"], "it has left")
+    assert inline("spdk", "detach", "vm1").code == 0
+    assert set(spdk.controllers()) == {"theirs"}
 
 
 def test_what_is_in_the_way(add: Add, spdk: Spdk, tmp_path: Path) -> None:
@@ -206,7 +217,8 @@ def test_what_is_in_the_way(add: Add, spdk: Spdk, tmp_path: Path) -> None:
     assert "vm1 is attached otherwise (uring bdev vm1 of" in words
     # Its bdev's name went to another one.
     spdk.call("bdev_uring_delete", name="vm1")
-    spdk.call("bdev_uring_create", name="vm1", filename=str(tmp_path / "other"))
+    spdk.call("bdev_uring_create", name="vm1", filename=str(tmp_path / "other"),
+              block_size=512)
     found = inline("spdk", "status")
     assert (found.code, "missing" in found.out) == (Exit.DEGRADED, True)
     assert f"has a bdev vm1 of {tmp_path / 'other'}, not a uring bdev of" in found.err
@@ -284,6 +296,8 @@ def test_serve_for_spdk(served: Any, spdk: Spdk) -> None:
     assert controller == spdk.controllers()["vhost.0"]
     assert controller["backend_specific"]["block"]["bdev"] == "ubi0"
     assert "vhost_create_blk_controller" in served.call("rpc_get_methods")
+    found = json.loads(inline("spdk", "status", "ubi0", "--json").out)
+    assert (found["vhost"], found["vhost_socket"]) == ("vhost.0", controller["socket"])
     # SPDK's errors come as they are.
     code, words = served.refused("vhost_create_blk_controller", ctrlr="v", dev_name="nope")
     assert (code, "No such device" in words) == (-32602, True)
