@@ -257,15 +257,16 @@ class Archive:
             raise LabError(f"apt-cache shows no version of {best[1]}")
         return best[1], version[1]
 
-    def unpack_source(self, package: str, version: str, into: Path) -> Path:
-        """Download the package (apt checks the signature) and unpack its tarball."""
+    def unpack_source(self, package: str, version: str, into: Path, only: str = "*") -> Path:
+        """Download the package (apt checks the signature) and unpack its tarball, or some of it."""
         self._run("apt-get", "download", f"{package}={version}", cwd=self._folder)
         deb = next(self._folder.glob(f"{package}_*.deb"))
         into.mkdir()
         command = ["bash", "-o", "pipefail", "-c", UNPACK, "unpack", str(deb), "-C", str(into)]
+        command += [*(f"--exclude={pattern}" for pattern in LEFT_PACKED), "--wildcards", only]
         with self._log.open("ab") as log:
             result = subprocess.run(
-                [*command, *(f"--exclude={pattern}" for pattern in LEFT_PACKED)],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

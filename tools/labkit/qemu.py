@@ -78,6 +78,8 @@ class Qemu:
         append += " no_timer_check tsc=reliable"
         append += " systemd.journald.forward_to_console=0 systemd.show_status=0"
         append += "" if self.systemd else " init=/usr/lib/lab/init"
+        if self.icount:  # a wait for this machine's disk lasts minutes of that clock
+            append += " sysctl.kernel.hung_task_timeout_secs=0"
         arguments = [
             PROGRAM,
             *("-nodefaults", "-no-user-config", "-display", "none"),
