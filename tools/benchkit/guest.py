@@ -1,0 +1,109 @@
+"""The guest's side: measures what the plan says and prints a line of JSON a figure.
+
+    {"figure": "raw/randread-32", "value": 115404.0, "unit": "IO/s"}
+    {"figure": "kublk-loop/randread-32", "missing": "not built"}
+    {"figure": "ubi-zero-copy/randread-32", "failed": "…"}
+
+The plan, a file: {"figures": [[SUBJECT, LOAD], …], "divisor": N, "payload": PATH}. Started by the
+lab as `python3 -m benchkit.guest PLAN`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from itertools import groupby
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from . import disks, loads, servers, special
+from .cases import Figure
+from .shell import FailedError, MissingError, fio_report, run
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+# What would let one run differ from another.
+SETTINGS = {
+    "/proc/sys/kernel/randomize_va_space": "0",
+    "/sys/module/damon_stat/parameters/enabled": "N",
+}
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "DM_DISABLE_UDEV": "1", "LC_ALL": "C"}
+
+
+def say(**words: Any) -> None:
+    """Tell the host."""
+    print(json.dumps(words), flush=True)
+
+
+def prepare(payload: str) -> None:
+    """Bring the machine to where figures can be had."""
+    for path, value in SETTINGS.items():
+        with contextlib.suppress(FileNotFoundError), open(path, "w") as file:
+            file.write(value)
+    os.environ.update(ENVIRONMENT)
+    os.environ.pop("PYTHONPATH", None)
+    os.makedirs(servers.PLACE)
+    run("tar", "-xf", payload, "-C", servers.PLACE)
+    for module in (["ublk_drv"], ["dm-clone"], ["nbd", "nbds_max=2"]):
+        run("modprobe", *module)
+    disks.make()
+
+
+def measure(subject: str, load: loads.Load, node: str, divisor: int) -> float:
+    """Run fio once, after a few requests that bring it and the disk's code into memory."""
+    if not load.fixed:
+        run("fio", *load.words(node, 16))
+    count = load.requests(divisor * servers.slowness(subject))
+    job = fio_report(run("fio", *load.words(node, count)))
+    told = job["write" if load.rw.startswith(("write", "randwrite")) else "read"]
+    if told["total_ios"] != count:
+        raise FailedError(f"fio made {told['total_ios']} requests, not {count}")
+    rate: float = count * 1000 / told["runtime"]
+    return rate * load.block / 1e6 if load.unit == loads.BANDWIDTH else rate
+
+
+def measure_subject(subject: str, figures: list[Figure], divisor: int) -> None:
+    """Measure all figures of one subject, on one disk if its state allows that."""
+    rest = figures
+    while rest:
+        size = 1 if subject in servers.FRESH else len(rest)
+        now, rest = rest[:size], rest[size:]
+        try:
+            with servers.SUBJECTS[subject]() as node:
+                for figure in now:
+                    load = loads.BY_NAME[figure.load]
+                    value = measure(subject, load, node, divisor)
+                    say(figure=figure.name, value=value, unit=load.unit)
+        except MissingError as error:
+            for figure in now:
+                say(figure=figure.name, missing=str(error))
+        except (FailedError, OSError) as error:
+            say(figure=now[0].name, failed=str(error))
+
+
+def measure_all(figures: Iterable[Figure], divisor: int) -> None:
+    """Measure in an order that makes each disk once."""
+    asked = sorted(figures, key=attrgetter("subject"))
+    for subject, group in groupby(asked, key=attrgetter("subject")):
+        own = list(group)
+        measure_subject(subject, [f for f in own if f.load in loads.BY_NAME], divisor)
+        for figure in own:
+            if figure.load not in loads.BY_NAME:
+                special.measure(figure, say)
+
+
+def main() -> None:
+    """Do the plan."""
+    with open(sys.argv[1]) as file:
+        plan = json.load(file)
+    prepare(plan["payload"])
+    say(kernel=os.uname().release)
+    measure_all([Figure(*words) for words in plan["figures"]], plan["divisor"])
+    say(end=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Commands in the guest, and its clocks. The guest's monotonic clock counts instructions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+WAIT_S = 60.0                      # of the guest's time, which a host's wait does not use up
+
+
+class MissingError(Exception):
+    """A peer cannot be had here, and why."""
+
+
+class FailedError(Exception):
+    """A command that must not fail did."""
+
+
+def run(*words: str) -> str:
+    """Run a command; return its stdout."""
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        told = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
+        raise FailedError(f"{' '.join(words)}: exit {done.returncode}: {told[-1]}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def running(*words: str) -> Iterator[subprocess.Popen[str]]:
+    """Have a process run meanwhile."""
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def until(done: Callable[[], bool], what: str, step_s: float = 0.01) -> None:
+    """Wait for something that can only be looked at."""
+    deadline = time.monotonic() + WAIT_S
+    while not done():
+        if time.monotonic() > deadline:
+            raise FailedError(f"{what}: not within {WAIT_S:g} s")
+        time.sleep(step_s)
+
+
+def fio_report(text: str) -> dict[str, Any]:
+    """Read fio's JSON, which may stand behind notes of its own."""
+    at = text.find("{")
+    if at < 0:
+        raise FailedError(f"fio: {text.strip() or 'no output'}")
+    job: dict[str, Any] = json.loads(text[at:])["jobs"][0]
+    if job["error"]:
+        raise FailedError(f"fio: error {job['error']} of its job")
+    return job
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Tell how long something takes."""
+    started = time.monotonic_ns()
+    work()
+    return (time.monotonic_ns() - started) / 1e9
+
+
+def busy_ns() -> int:
+    """Tell how long the processor has run tasks: the instructions of all but the idle task."""
+    with open("/proc/schedstat") as file:
+        return sum(int(line.split()[7]) for line in file if line.startswith("cpu"))
+
+
+def time_of_copy(start: Callable[[], object], copied: Callable[[], int], size: int) -> float:
+    """Tell how long a copy in the background takes: looked at the more often the nearer its end.
+
+    Each look costs the copy some of the time, so there are some ten of them.
+    """
+    before = copied()
+    started = time.monotonic_ns()
+    start()
+    while (done := copied() - before) < size:
+        spent = (time.monotonic_ns() - started) / 1e9
+        if spent > WAIT_S:
+            raise FailedError(f"copied {done} of {size} bytes in {WAIT_S:g} s")
+        left = spent * (size - done) / done if done else 0.05
+        time.sleep(max(min(left / 2, 0.2), 0.001))
+    return (time.monotonic_ns() - started) / 1e9
+
+
+def bytes_of(pid: int, what: str) -> int:
+    """Tell how many bytes a process has had read from, or written to, storage."""
+    with open(f"/proc/{pid}/io") as file:
+        fields = dict(line.split(": ") for line in file)
+    return int(fields[f"{what}_bytes"])
