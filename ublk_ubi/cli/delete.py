@@ -83,6 +83,9 @@ def _each(function: Callable[[Device], None], devices: list[Device]) -> Iterator
     """
     import threading
 
+    from ublk_ubi import structs
+
+    structs.make_ready()
     outcomes: dict[str, Exception] = {}
     places = threading.Semaphore(_AT_ONCE)
 

@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 
-from ublk_ubi import launch, runtime
+from ublk_ubi import launch, runtime, structs
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.notify import Manager
 from ublk_ubi.rpc import short_path
@@ -54,6 +54,7 @@ class Serve:
         self._path = path
         self._lock_fd = _lock()
         refuse_taken(path)
+        structs.make_ready()
         self._selector = selectors.DefaultSelector()
         self._signals_fd = _catch_signals()
         self._selector.register(self._signals_fd, selectors.EVENT_READ, self._on_signal)

@@ -84,7 +84,7 @@ class Served:
         """Start it, and wait until it is ready."""
         self.begin(*arguments, **environment)
         until(lambda: "ready" in self.log or self.ended, "serve is ready")
-        assert not self.ended, self.log
+        assert not self.ended, f"exit code {self.process and self.process.returncode}: {self.log}"
         return self
 
     @property
