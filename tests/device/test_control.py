@@ -25,6 +25,8 @@ from ublk_ubi.control import Control, ControlError, ControlTimeout
 from ublk_ubi.device_params import AddParams, DeviceParams, DiscardLimits
 from ublk_ubi.errors import Exit
 
+pytestmark = pytest.mark.cpus(2)
+
 PACKAGE_PARENT = str(Path(control_module.__file__).resolve().parents[1])
 RECOVERABLE = Feature.USER_RECOVERY | Feature.USER_RECOVERY_REISSUE
 DISK = DeviceParams(dev_sectors=16384, max_sectors=256, chunk_sectors=128)

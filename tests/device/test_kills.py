@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from support.undo import Undo
 
 pytestmark = [
+    pytest.mark.cpus(2),
     pytest.mark.usefixtures("no_watch"),
     pytest.mark.skipif(shutil.which("fio") is None, reason="needs fio"),
 ]

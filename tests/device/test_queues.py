@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from support.device import Device, Ubi
     from support.images import Image
 
+pytestmark = pytest.mark.cpus(2)
+
 MIB = 1 << 20
 STRIPE = 64 << 10
 SIZE = 6 * MIB

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 MIB = 1 << 20
 STRIPE = 64 << 10
 SIZE = 8 * MIB
-pytestmark = pytest.mark.usefixtures("no_watch")
+pytestmark = [pytest.mark.cpus(2), pytest.mark.usefixtures("no_watch")]
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from support.stores import Stores
 
+pytestmark = pytest.mark.cpus(2)
+
 SECONDS = 15
 BLOCK = 4096
 

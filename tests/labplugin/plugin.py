@@ -51,6 +51,7 @@ def _count(text: str) -> int:
 def pytest_configure(config: pytest.Config) -> None:
     """Decide what this session is: a guest's, a native one, or one that has guests."""
     config.addinivalue_line("markers", "device: needs a kernel with ublk; runs in the lab")
+    config.addinivalue_line("markers", "cpus(N): a guest for it has N processors (else 1)")
     config.addinivalue_line("markers", "uses_lab: runs guests of its own; is run last")
     config.stash[_lab_folders] = config.getini("lab_folders")
     config.pluginmanager.register(Guard(config), "lab-guard")

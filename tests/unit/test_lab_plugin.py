@@ -28,7 +28,8 @@ words = sys.argv[1:]
 if "--print" in words:
     sys.exit(os.environ.get("NO_KERNEL"))
 scratch = words[words.index("--scratch") + 1]
-environment = os.environ | {"LAB": "1", "LAB_SCRATCH": scratch, "LAB_DISKS": ""}
+cpus = words[words.index("--cpus") + 1]
+environment = os.environ | {"LAB": "1", "LAB_SCRATCH": scratch, "LAB_DISKS": "", "CPUS": cpus}
 with open(os.path.join(os.getcwd(), "guests"), "a") as guests:
     guests.write(f"{os.getpid()}\\n")
 status = subprocess.run(words[words.index("--") + 1:], env=environment).returncode
@@ -235,6 +236,19 @@ def test_one_guest_at_a_time(folder: Folder) -> None:
             def test_x(): os.mkdir("busy"); time.sleep(0.3); os.rmdir("busy")
         """)
     assert folder.run("--lab-jobs=1").total == "3 passed"
+
+
+def test_processors_of_a_guest(folder: Folder) -> None:
+    """One, or as many as any of its tests asks for."""
+    text = """
+        import os, pytest
+        {mark}
+        def test_x(): assert os.environ['CPUS'] == '{cpus}'
+        def test_y(): assert os.environ['CPUS'] == '{cpus}'
+    """
+    folder.write("device/test_a.py", text.format(mark="", cpus=1))
+    folder.write("device/test_b.py", text.format(mark="@pytest.mark.cpus(2)", cpus=2))
+    assert folder.run().total == "4 passed"
 
 
 MEETING = """
