@@ -19,9 +19,9 @@ import contextlib
 import errno
 import os
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
+
+import msgspec
 
 from . import blockdev
 from .bounds import refuse_too_small
@@ -53,8 +53,7 @@ if TYPE_CHECKING:
 _OPEN_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
-@dataclass(slots=True)
-class Base:
+class Base(msgspec.Struct):
     """An open base. Sizes and alignments are bytes; `alignment` is 1 when I/O is buffered."""
 
     path: str
@@ -67,8 +66,8 @@ class Base:
     is_block: bool
     created: bool
     folder_fd: int | None
-    warnings: list[str] = field(default_factory=list)
-    _sync_fds: list[int] = field(default_factory=list)
+    warnings: list[str] = []
+    _sync_fds: list[int] = []
 
     @property
     def data_size(self) -> int:
@@ -361,7 +360,7 @@ def _create(
     # A new file takes some part of what its folder lies on.
     _refuse_shared_storage(path, node_of(os.fstat(folder_fd)), image, fence.topology)
     parent = os.readlink(f"/proc/self/fd/{folder_fd}")
-    if _holds_devices(parent, folder_fd, fence.topology.dev):
+    if _holds_devices(parent, folder_fd, str(fence.topology.dev)):
         raise UbiError(
             f"base {shown(path)} does not exist, and {shown(parent)} holds devices, not files: "
             "check the device's name (see `lsblk`), or name a file elsewhere",
@@ -400,12 +399,12 @@ def _open_new(folder_fd: int, name: str) -> int:
         return os.open(name, _OPEN_FLAGS | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=folder_fd)
 
 
-def _holds_devices(parent: str, folder_fd: int, dev: Path) -> bool:
+def _holds_devices(parent: str, folder_fd: int, dev: str) -> bool:
     """Tell whether a folder is devtmpfs: a mistyped device must not become a file in memory."""
     with contextlib.suppress(OSError):
-        dev = dev.resolve(strict=True)
-        if Path(parent).is_relative_to(dev):
-            return os.fstat(folder_fd).st_dev == dev.stat().st_dev  # /dev/shm is another
+        dev = os.path.realpath(dev, strict=True)
+        if os.path.commonpath((parent, dev)) == dev:
+            return os.fstat(folder_fd).st_dev == os.stat(dev).st_dev  # /dev/shm is another
     return False
 
 

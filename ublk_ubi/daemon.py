@@ -1,13 +1,14 @@
 """The device daemon: one process a device. Its main thread owns control, never an I/O.
 
-    python -m ublk_ubi.daemon --options-fd N --ready-fd M [--recover] [--go-fd G]
+    python -m ublk_ubi.daemon N
 
-reads DeviceOptions as JSON from N, brings the device up, writes one JSON line to M, then serves
-its control socket until the device is stopped: by `stop` on the socket, by a signal, or because
-somebody took the disk away. What waits (stopping) runs on a thread of its own, one at a time.
+reads its Task as JSON from descriptor N, brings the device up, says so in one JSON line, then
+serves its control socket until the device is stopped: by `stop` on the socket, by a signal, or
+because somebody took the disk away. What waits (stopping) runs on a thread of its own, one at a
+time.
 
-With --recover it takes over the disk that a dead daemon left under its name; with --go-fd it first
-loads all that it needs, writes `{"ready": true}`, and begins when G has a byte (an upgrade).
+It may be told to take over the disk that a dead daemon left under its name; and to load all that
+it needs first, write `{"ready": true}`, and begin when it gets a byte (an upgrade).
 
 It *leaves* when it is to end and the disk is to stay: on SIGTERM while the disk is in use, and for
 an upgrade. Then it stands by, and goes on itself if no other daemon has come up.
@@ -15,7 +16,6 @@ an upgrade. Then it stands by, and goes on itself if no other daemon has come up
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import select
@@ -34,7 +34,7 @@ from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.growth import grow
 from ublk_ubi.log import log, standard, warn
 from ublk_ubi.notify import Manager
-from ublk_ubi.options import MAX_RATE, MIN_RATE, DeviceOptions, continued
+from ublk_ubi.options import MAX_RATE, MIN_RATE, Task, continued
 from ublk_ubi.rpc_server import Deferred, NoParams, Server
 from ublk_ubi.session import Session
 from ublk_ubi.session_status import describe, summary
@@ -44,6 +44,8 @@ from ublk_ubi.systemd import own_unit
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
+
+    from ublk_ubi.options import DeviceOptions
 
 LINGER_S = 2.0
 SECOND_SIGNAL_S = 5.0
@@ -504,17 +506,11 @@ def run(
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of the daemon process; what fails before it is live goes to the ready pipe."""
-    parser = argparse.ArgumentParser(prog="ublk_ubi.daemon")
-    parser.add_argument("--options-fd", type=int, required=True)
-    parser.add_argument("--ready-fd", type=int, required=True)
-    parser.add_argument("--recover", action="store_true")
-    parser.add_argument("--go-fd", type=int)
-    arguments = parser.parse_args(argv)
-    with open(arguments.options_fd, "rb") as file:
-        options = msgspec.json.decode(file.read(), type=DeviceOptions)
-    go_fd = -1 if arguments.go_fd is None else arguments.go_fd
-    hygiene.close_inherited((arguments.ready_fd, go_fd))
-    os.set_inheritable(arguments.ready_fd, False)
+    with open(int((sys.argv[1:] if argv is None else argv)[0]), "rb") as file:
+        task = msgspec.json.decode(file.read(), type=Task)
+    ready_fd, go_fd = task.ready_fd, task.go_fd
+    hygiene.close_inherited((ready_fd,) if go_fd is None else (ready_fd, go_fd))
+    os.set_inheritable(ready_fd, False)
     standard().keep_bounded()
     hygiene.settle()
     told = False
@@ -523,20 +519,20 @@ def main(argv: list[str] | None = None) -> int:
         nonlocal told
         told = True
         with contextlib.suppress(OSError):
-            os.write(arguments.ready_fd, msgspec.json.encode(message) + b"\n")
-        os.close(arguments.ready_fd)
+            os.write(ready_fd, msgspec.json.encode(message) + b"\n")
+        os.close(ready_fd)
 
     control = None
     try:
-        if arguments.go_fd is not None:
+        if go_fd is not None:
             control = Control.open()
             control.get_features()
-            os.write(arguments.ready_fd, b'{"ready": true}\n')
+            os.write(ready_fd, b'{"ready": true}\n')
             if not os.read(go_fd, 1):
                 return int(Exit.FAILED)
             os.close(go_fd)
         return run(
-            options, tell, log_fd=sys.stderr.fileno(), recover=arguments.recover, control=control,
+            task.options, tell, log_fd=sys.stderr.fileno(), recover=task.recover, control=control,
         )
     except UbiError as error:
         warn(error.message)

@@ -16,8 +16,9 @@ import hashlib
 import os
 import shlex
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+
+import msgspec
 
 from . import blockdev
 from .errors import Exit, UbiError
@@ -90,8 +91,7 @@ _SUFFIXES = (
 )
 
 
-@dataclass(slots=True)
-class Image:
+class Image(msgspec.Struct):
     """An open image. Sizes and alignments are bytes; `alignment` is 1 when I/O is buffered."""
 
     path: str
@@ -103,7 +103,7 @@ class Image:
     identity: Identity
     ctime_ns: int
     is_block: bool
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = []
 
     def changed(self) -> str | None:
         """Return what has changed since the open, as "size 5 → 6"; None when nothing has.

@@ -1,7 +1,7 @@
 """Starts a device daemon and waits until it is live, has failed, or died.
 
-The daemon gets its options in a memory file (`--options-fd`), so that nothing waits for a reader,
-and says how it went in one line of JSON on a pipe (`--ready-fd`):
+The daemon gets its `Task` in a memory file, so that nothing waits for a reader, and says how it
+went in one line of JSON on a pipe:
 
     {"ok":true,"name":…,"device":…,"link":…,"id":…,"pid":…,"size":…,"warnings":[…]}
     {"ok":false,"error":"…","exit":N}
@@ -27,6 +27,7 @@ import msgspec
 from ublk_ubi import runtime
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.notify import VARIABLE as NOTIFY_SOCKET
+from ublk_ubi.options import Task
 from ublk_ubi.systemd import own_unit, scope
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Ready(msgspec.Struct, kw_only=True):
 
 
 def daemon_command() -> list[str]:
-    """Give the command line of the daemon, to which its descriptors are added."""
+    """Give the command line of the daemon, to which its task's descriptor is added."""
     # -P: the daemon runs in /, and nothing that lies there is to be imported.
     return [sys.executable, "-P", "-m", "ublk_ubi.daemon"]
 
@@ -89,8 +90,8 @@ def start_daemon(
         their_go_fd, go_fd = os.pipe() if before_go is not None else (-1, -1)
         try:
             with _interruptions(interrupt_fd) as interrupts:
-                arguments = ["--recover"] if recover else []
-                process = _spawn(options, log_fd, their_ready_fd, their_go_fd, arguments)
+                task = Task(options, their_ready_fd, recover, None if go_fd < 0 else their_go_fd)
+                process = _spawn(task, log_fd)
                 told = _Told(log_fd, notice)
                 line = _wait_for_line(ready_fd, interrupts, process, told)
                 if before_go is not None and line == LOADED:
@@ -117,34 +118,28 @@ def _begin(
     os.write(go_fd, b"1")
 
 
-def _spawn(
-    options: DeviceOptions, log_fd: int, ready_fd: int, go_fd: int, arguments: list[str],
-) -> subprocess.Popen[bytes]:
-    """Start the process; `ready_fd` and `go_fd` (or -1) are its from then on, and closed here."""
-    theirs = [ready_fd]
-    if go_fd >= 0:
-        theirs.append(go_fd)
-        arguments = [*arguments, "--go-fd", str(go_fd)]
-    options_fd = os.memfd_create("options")
+def _spawn(task: Task, log_fd: int) -> subprocess.Popen[bytes]:
+    """Start the process; the task's descriptors are its from then on, and closed here."""
+    theirs = [task.ready_fd] if task.go_fd is None else [task.ready_fd, task.go_fd]
+    task_fd = os.memfd_create("task")
+    options = task.options
     try:
-        data = msgspec.json.encode(options)
-        os.write(options_fd, data)
-        os.lseek(options_fd, 0, os.SEEK_SET)
-        descriptors = ["--options-fd", str(options_fd), "--ready-fd", str(ready_fd)]
+        os.write(task_fd, msgspec.json.encode(task))
+        os.lseek(task_fd, 0, os.SEEK_SET)
         return subprocess.Popen(
-            [*scope(options.name or "disk", options), *daemon_command(), *descriptors, *arguments],
+            [*scope(options.name or "disk", options), *daemon_command(), str(task_fd)],
             stdin=subprocess.DEVNULL,
             stdout=log_fd,
             stderr=log_fd,
             cwd="/",
             env=environment(),
-            pass_fds=(options_fd, *theirs),
+            pass_fds=(task_fd, *theirs),
             start_new_session=True,
         )
     except OSError as error:
         raise UbiError(f"cannot start the daemon {sys.executable}: {error.strerror}") from None
     finally:
-        for fd in (options_fd, *theirs):
+        for fd in (task_fd, *theirs):
             os.close(fd)
 
 

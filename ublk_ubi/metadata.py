@@ -15,7 +15,8 @@ writer that it checks. `docs/on-disk-format.md` describes every field.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
+
+import msgspec
 
 from ublk_ubi.options import MAX_STRIPE_SIZE, MAX_STRIPES, METADATA_SIZE, MIN_STRIPE_SIZE
 
@@ -48,8 +49,7 @@ def _crc_table() -> tuple[int, ...]:
 _CRC_TABLE = _crc_table()
 
 
-@dataclass(frozen=True)
-class Extension:
+class Extension(msgspec.Struct, frozen=True):
     """One slot of the extension, checked. Sizes are bytes."""
 
     version: int
@@ -71,8 +71,7 @@ class Extension:
         return -(-self.image_size // self.stripe_size)
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(msgspec.Struct, frozen=True):
     """A slot as found; `extension` if it counts, else `problem` ("" for one that is all zero)."""
 
     offset: int
@@ -85,8 +84,7 @@ class Slot:
         return self.extension is None and not self.problem
 
 
-@dataclass(frozen=True)
-class Metadata:
+class Metadata(msgspec.Struct, frozen=True):
     """The first 8 MiB of a base, taken apart. `magic` false: not a disk of this format."""
 
     magic: bool
@@ -96,7 +94,7 @@ class Metadata:
     slots: tuple[Slot, ...]
     blank: bool
     blank_but_slot_0: bool
-    headers: bytes = field(repr=False)
+    headers: bytes
 
     @property
     def extension(self) -> Extension | None:

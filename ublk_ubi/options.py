@@ -1,6 +1,6 @@
 """What a device is made of: the keys of `add --config` and of /etc/ublk-ubi/NAME.json.
 
-The CLI fills one `DeviceOptions`, the daemon reads it; nothing else passes between them.
+The CLI fills one `DeviceOptions`, the daemon reads it.
 """
 
 from __future__ import annotations
@@ -57,6 +57,19 @@ class DeviceOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
     owner: str | None = None
     mode: int = 0o660
     fence_timeout_s: float = 30.0
+
+
+class Task(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
+    """What a daemon is started for, in a file that it gets by its descriptor (launch, daemon).
+
+    `ready_fd`: where it says how it went. `recover`: it takes over a disk that another left.
+    `go_fd`: it loads all that it needs, and begins when a byte comes from there.
+    """
+
+    options: DeviceOptions
+    ready_fd: int
+    recover: bool = False
+    go_fd: int | None = None
 
 
 def continued(options: DeviceOptions, name: str) -> DeviceOptions:

@@ -29,8 +29,9 @@ import os
 import struct
 import uuid
 import zlib
-from dataclasses import dataclass
 from typing import NamedTuple
+
+import msgspec
 
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.files import uuid_text
@@ -68,8 +69,7 @@ class TableState(enum.Enum):
     DAMAGED = "damaged"
 
 
-@dataclass(frozen=True, slots=True)
-class FoundTable:
+class FoundTable(msgspec.Struct, frozen=True):
     """A table file as it was found; `identity` and `latch` are set when the state is FOUND."""
 
     state: TableState

@@ -121,7 +121,7 @@ class Guests:
 
 def _cpus(shard: Shard) -> int:
     markers = [item.get_closest_marker("cpus") for item in shard.items]
-    return max([CPUS, *(marker.args[0] for marker in markers if marker)])
+    return max([CPUS, *(int(marker.args[0]) for marker in markers if marker)])
 
 
 def _pytest_words(config: pytest.Config, plan: Path) -> list[str]:

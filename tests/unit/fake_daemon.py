@@ -7,7 +7,6 @@ warns, refuses, busy, slow, stuck, mute, dies, degraded, other; and of backgroun
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import os
@@ -21,7 +20,7 @@ import msgspec
 
 from ublk_ubi import links, runtime
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.options import DeviceOptions
+from ublk_ubi.options import DeviceOptions, Task
 from ublk_ubi.rpc_server import Deferred, NoParams, Server
 from ublk_ubi.status import (
     Commit,
@@ -53,16 +52,13 @@ TOTAL, STRIPE = 2252, 1 << 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--options-fd", type=int)
-    parser.add_argument("--ready-fd", type=int)
-    arguments = parser.parse_args()
-    with open(arguments.options_fd, "rb") as file:
-        options = msgspec.json.decode(file.read(), type=DeviceOptions)
+    with open(int(sys.argv[1]), "rb") as file:
+        task = msgspec.json.decode(file.read(), type=Task)
+    options = task.options
 
     def ready(**answer: Any) -> None:
-        os.write(arguments.ready_fd, msgspec.json.encode(answer) + b"\n")
-        os.close(arguments.ready_fd)
+        os.write(task.ready_fd, msgspec.json.encode(answer) + b"\n")
+        os.close(task.ready_fd)
 
     kind = os.path.basename(options.image or "done")
     if kind == "refuses":

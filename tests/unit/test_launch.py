@@ -21,8 +21,8 @@ from ublk_ubi.options import DeviceOptions
 CHECKOUT = Path(__file__).resolve().parents[2]
 PROLOGUE = """
 import json, os, signal, sys, time
-options_fd, ready_fd = int(sys.argv[2]), int(sys.argv[4])
-options = json.loads(os.fdopen(options_fd).read())
+task = json.load(os.fdopen(int(sys.argv[1])))
+options, ready_fd = task["options"], task["ready_fd"]
 def ready(**answer):
     os.write(ready_fd, json.dumps(answer).encode() + b"\\n")
 """

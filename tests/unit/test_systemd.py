@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -126,9 +127,13 @@ def test_where_it_gets_none(monkeypatch: pytest.MonkeyPatch, host: Path) -> None
 @pytest.mark.usefixtures("_runner")
 def test_a_daemon_is_started_through_it(monkeypatch: pytest.MonkeyPatch, host: Path) -> None:
     """And its process is the one that we wait for."""
-    monkeypatch.setattr(launch, "daemon_command", lambda: [
-        "/bin/sh", "-c", "printf '{\"ok\":true,\"name\":\"x\",\"pid\":%d}\\n' $$ >/dev/fd/$4", "x",
-    ])
+    answer = """
+import json, os, sys
+task = json.load(open(int(sys.argv[1])))
+answer = json.dumps({"ok": True, "name": "x", "pid": os.getpid()})
+os.write(task["ready_fd"], answer.encode() + b"\\n")
+"""
+    monkeypatch.setattr(launch, "daemon_command", lambda: [sys.executable, "-c", answer])
     ready = launch.start_daemon(DeviceOptions(base="/b", image="/i"))
     assert ready.name == "x"
     assert ready.pid > 0
