@@ -156,9 +156,9 @@ class Daemon:
         return USERS_PERIOD_S if due is None else min(due, USERS_PERIOD_S)
 
     def signals(self, timeout_s: float = 0.0) -> bytes:
-        """Take the numbers of signals that came and were not heeded: after it had left."""
+        """Take the numbers of signals that asked it to end; for when it has left already."""
         if select.select([self._signals_fd], [], [], timeout_s)[0]:
-            return os.read(self._signals_fd, 64)
+            return bytes(set(os.read(self._signals_fd, 64)) & set(ENDING))
         return b""
 
     # ---- requests ---------------------------------------------------------------------------
@@ -301,7 +301,10 @@ class Daemon:
         If it cannot, stopping is refused, but when a second signal comes soon after. When the host
         goes down (SIGPWR), its users are waited for first, and other signals say nothing new.
         """
-        if signal.SIGPWR in os.read(self._signals_fd, 64) and self._patient_until is None:
+        asked = self.signals()
+        if not asked:
+            return
+        if signal.SIGPWR in asked and self._patient_until is None:
             self._patient_until = time.monotonic() + PATIENCE_S
             self._manager.stopping("the host goes down: waiting until nobody uses the disk")
         if self._patient_until is not None:

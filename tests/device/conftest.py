@@ -56,6 +56,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("data_path", marker.args)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """A device has no more queues than there are processors."""
+    queues = getattr(item, "callspec", None) and item.callspec.params.get("queues")
+    if isinstance(queues, int):
+        item.add_marker(pytest.mark.cpus(queues))
+
+
 @pytest.fixture(scope="session")
 def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disks]:
     """The disks of the whole run."""

@@ -68,6 +68,7 @@ def test_a_stripe_in_scattered_memory_is_written_whole(
 
 
 @pytest.mark.data_paths("zero-copy", "copy", "fallback")
+@pytest.mark.cpus(2)
 def test_each_path(
     ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str], data_path: str,
 ) -> None:

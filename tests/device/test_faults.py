@@ -77,6 +77,7 @@ def image(make_image: Callable[..., Image]) -> Image:
 
 
 @pytest.mark.data_paths("zero-copy", "copy")
+@pytest.mark.cpus(2)
 def test_what_comes_and_goes_heals(
     ubi: Ubi, image: Image, mapper: Mapper, make_base: Callable[..., str], seed: int,
 ) -> None:

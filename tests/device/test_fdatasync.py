@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from support.served import ServedDisk
     from support.undo import Undo
 
+pytestmark = pytest.mark.cpus(2)
+
 MIB = 1 << 20
 STRIPE = 64 << 10
 SIZE = 4 * MIB

@@ -92,6 +92,7 @@ def digest(path: Path) -> str:
 
 @pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cpus(2)
 def test_made_on_a_device(ubi, make_base, stores, mounted, seed, kind):
     path = stores.folder("ext4") / "image"
     path.touch()
@@ -119,6 +120,7 @@ def test_made_on_a_device(ubi, make_base, stores, mounted, seed, kind):
 
 @pytest.mark.data_paths("zero-copy", "copy")
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.cpus(2)
 def test_an_image_that_is_one(ubi, make_base, stores, mounted, seed, kind):
     path = stores.folder("xfs" if kind == "ext4" else "ext4") / "image"
     path.touch()

@@ -107,7 +107,7 @@ def test_without_a_flush_the_tick_commits(cold):
         disk.pwrite(b"\1" * STRIPE, 0)
         disk.pwrite(b"\2" * 512, 7 * STRIPE)
         until(lambda: ondisk.read_bits(base, 64) == {0, 7}, "the tick commits", timeout_s=5.0)
-    assert device.stripes()["committed"] == 2
+    until(lambda: device.stripes()["committed"] == 2, "the daemon knows it")
     assert device.status()["io"]["flush"]["count"] == 0
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from support.images import Image
     from support.undo import Undo
 
+pytestmark = pytest.mark.cpus(2)
+
 CLIENTS = int(os.environ.get("UBLK_UBI_HOSTILE_CLIENTS", "200"))
 RUNS = int(os.environ.get("UBLK_UBI_HOSTILE_RUNS", "1"))      # of fio, which is what takes time
 MIB = 1 << 20

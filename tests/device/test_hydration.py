@@ -72,6 +72,7 @@ def is_locked(path: str) -> bool:
 # -- to the end -----------------------------------------------------------------------------------
 
 @pytest.mark.data_paths("zero-copy", "copy")
+@pytest.mark.cpus(2)
 def test_the_image_is_needed_no_more(
     ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],
 ) -> None:

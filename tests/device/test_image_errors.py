@@ -89,6 +89,7 @@ def test_a_bad_block_of_the_image(
 
 
 @pytest.mark.data_paths("zero-copy", "copy")
+@pytest.mark.cpus(2)
 def test_a_dead_image_and_its_return(
     ubi: Ubi, image: Image, below: Mapped, make_base: Callable[..., str],
 ) -> None:

@@ -39,10 +39,10 @@ KILLS = 3
 @pytest.mark.parametrize(
     ("on", "options"),
     [
-        ("ext4", {"queues": 2, "size": LOAD_SIZE}),
-        ("ram", {"copy_on_read": False, "zero": True}),
+        pytest.param("ext4", {"queues": 2, "size": LOAD_SIZE}, id="file-2q",
+                     marks=pytest.mark.cpus(2)),
+        pytest.param("ram", {"copy_on_read": False, "zero": True}, id="disk-1q"),
     ],
-    ids=["file-2q", "disk-1q"],
 )
 def test_kill_under_load(
     ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str], seed: int,

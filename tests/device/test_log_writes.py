@@ -211,6 +211,7 @@ def write_base(path: str, base: Base, codec: Codec) -> None:
 
 
 @pytest.mark.limit(240)
+@pytest.mark.cpus(2)
 def test_every_power_loss_keeps_what_was_promised(
     ubi: Ubi, mapper: Mapper, stores: Stores, make_image: Callable[..., Image], seed: int,
     tmp_path: Path,

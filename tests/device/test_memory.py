@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -41,6 +43,7 @@ def mappings(pid: int, part: str) -> list[dict[str, str]]:
     return found
 
 
+@pytest.mark.cpus(2)
 def test_threads_that_io_waits_for_are_io_flushers(
     ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],
 ) -> None:

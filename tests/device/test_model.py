@@ -71,7 +71,9 @@ more_time = pytest.mark.limit(60 + SHARE / 25) if SHARE > 3000 else lambda test:
 
 
 @more_time
-@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("way", [
+    pytest.param(way, id=str(way), marks=pytest.mark.cpus(way.queues)) for way in WAYS
+])
 def test_random_operations(ubi, make_image, make_base, seed, way):
     left = SHARE
     for turn in range(-(-SHARE // MOST_OF_A_DISK)):
@@ -79,6 +81,7 @@ def test_random_operations(ubi, make_image, make_base, seed, way):
         left -= MOST_OF_A_DISK
 
 
+@pytest.mark.cpus(2)
 @pytest.mark.data_paths("fallback")
 def test_random_operations_that_fall_back(ubi, make_image, make_base, seed):
     way = WAYS[0]._replace(queues=2, hydrate=True)

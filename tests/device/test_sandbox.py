@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from support.stores import Stores
     from support.undo import Undo
 
+pytestmark = pytest.mark.cpus(2)
+
 MIB = 1 << 20
 STRIPE = 64 << 10
 SIZE = 8 * MIB

@@ -69,7 +69,10 @@ def test_hot_io_completes_while_a_cold_read_is_delayed(
 
 
 @pytest.mark.data_paths("zero-copy", "copy")
-@pytest.mark.parametrize("slow", [{"queues": 1}, {"queues": 2}], ids=["1q", "2q"], indirect=True)
+@pytest.mark.parametrize("slow", [
+    pytest.param({"queues": 1}, id="1q"),
+    pytest.param({"queues": 2}, id="2q", marks=pytest.mark.cpus(2)),
+], indirect=True)
 def test_only_those_wait_that_need_what_is_held(slow: Device, served_image: ServedDisk) -> None:
     image = bytes(served_image.content)
     cold_read = Background(lambda: read(slow, slow_stripe(0)))

@@ -26,8 +26,6 @@ GIB = 1 << 30
 MEMORY = 3 * GIB
 # The first carries ext4, the second XFS and partitions; both are sparse.
 DISKS = ("4G", "4G")
-CPUS = 1
-"""Where tests ask for no more. In user-mode Linux a second one costs more than it gives."""
 BACKSTOP_S = 3600  # of tools/lab's own; the plugin's limit is on silence
 END_S = 30.0
 TURN_S = 0.02
@@ -91,7 +89,7 @@ class Guests:
         records = scratch / "records"
         nodeids = [item.nodeid for item in shard.items]
         plan.write_text(json.dumps({"records": str(records), "nodeids": nodeids}))
-        options = ["--cpus", str(_cpus(shard)), "--mem", str(_memory())]
+        options = ["--cpus", str(shard.cpus), "--mem", str(_memory())]
         options += ["--timeout", str(BACKSTOP_S)]
         options += [word for size in DISKS for word in ("--disk", size)]
         options += ["--scratch", str(scratch), "--show", str(config.rootpath)]
@@ -117,11 +115,6 @@ class Guests:
         while self.driver_lives() and time.monotonic() < deadline:
             time.sleep(TURN_S)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _cpus(shard: Shard) -> int:
-    markers = [item.get_closest_marker("cpus") for item in shard.items]
-    return max([CPUS, *(int(marker.args[0]) for marker in markers if marker)])
 
 
 def _pytest_words(config: pytest.Config, plan: Path) -> list[str]:

@@ -1,4 +1,7 @@
-"""Which tests go to which guest: the longest first; a file that takes long is split among some."""
+"""Which tests go to which guest: the longest first; a file that takes long is split among some.
+
+Those of a file that ask for other numbers of processors (`cpus`) go to guests of their own.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,10 @@ GUESS_S = 2.0
 GUESS_OF_LIMIT = 0.2
 
 
+CPUS = 1
+"""Where a test asks for no more. In user-mode Linux a second one costs more than it gives."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """Tests of one file, for one guest."""
@@ -25,6 +32,7 @@ class Shard:
     items: tuple[pytest.Item, ...]
     known: frozenset[str] | None  # all that the file has; None: this session has not seen them all
     arguments: tuple[str, ...]  # what the guest's pytest is to collect
+    cpus: int
 
 
 def make_shards(
@@ -34,10 +42,10 @@ def make_shards(
     seconds: dict[str, float],
 ) -> list[Shard]:
     """Divide the tests; `seconds` says what each has taken before."""
-    files: dict[Path, list[pytest.Item]] = {}
+    alike: dict[tuple[Path, int], list[pytest.Item]] = {}
     for item in items:
-        files.setdefault(item.path, []).append(item)
-    parts = [part for file in files.values() for part in _split(file, seconds)]
+        alike.setdefault((item.path, cpus_for(item)), []).append(item)
+    parts = [part for group in alike.values() for part in _split(group, seconds)]
     parts.sort(key=lambda part: sum(_cost(item, seconds) for item in part), reverse=True)
     whole = not config.getoption("lf", default=False)
     return [
@@ -47,9 +55,16 @@ def make_shards(
             items=tuple(part),
             known=frozenset(known[part[0].path]) if whole else None,
             arguments=_arguments(config, part[0].path),
+            cpus=cpus_for(part[0]),
         )
         for number, part in enumerate(parts)
     ]
+
+
+def cpus_for(item: pytest.Item) -> int:
+    """How many processors a test's guest has."""
+    marker = item.get_closest_marker("cpus")
+    return int(marker.args[0]) if marker else CPUS
 
 
 def _cost(item: pytest.Item, seconds: dict[str, float]) -> float:

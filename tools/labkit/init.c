@@ -240,6 +240,8 @@ static void mount_kernel_filesystems(void)
 	mount_at("proc", "/proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
 	mount_at("sysfs", "/sys", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
 	mount_at("debugfs", "/sys/kernel/debug", 0, NULL);
+	/* Faults are dear here: a program's pages come a MiB at a time. */
+	write_setting("/sys/kernel/debug/fault_around_bytes", "1048576");
 	mount_at("configfs", "/sys/kernel/config", 0, NULL);
 	mount_at("cgroup2", "/sys/fs/cgroup", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL);
 	mkdir("/dev/pts", 0755);

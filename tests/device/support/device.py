@@ -349,6 +349,8 @@ class Ubi:
 
     def new(self, image: object, base: object, **options: object) -> Device:
         """A device that is not started yet."""
+        cpus = len(os.sched_getaffinity(0))
+        assert min(2, int(str(options.get("queues", 1)))) <= cpus, "mark the test with cpus(2)"
         name = str(options.pop("name", f"{self._prefix}-{next(_numbers)}"))
         paths = {"base": str(base)}
         if image is not None:
