@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from benchkit import boot, cases, gate, loads, main, rows, servers, special, table
 from benchkit.cases import Case, Figure
+from labkit import machine
+from labkit.kernel import cache_folder
 
-if TYPE_CHECKING:
-    from pathlib import Path
+ROOT = Path(__file__).resolve().parents[2]
+MAIN = ROOT / "tools/benchkit/main.py"
+GATE_S = 900
 
 OURS, PEER = Figure("ubi-zero-copy", "randread-32"), Figure("kublk-loop", "randread-32")
 ADD = Figure("ubi-add", "add-1g")
 KERNEL = "7.3.4-amd64"
+MADE = machine.find(cache_folder(), "newest") is not None
 
 
 def measured(**values: float) -> boot.Measured:
@@ -203,3 +210,15 @@ def test_refusals(words: list[str], reason: str, capsys: pytest.CaptureFixture[s
 def test_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main.main(["--list", "--cases", "plain-*"]) == 0
     assert capsys.readouterr().out.splitlines() == ["plain-randread-32", "plain-randwrite-32"]
+
+
+@pytest.mark.uses_lab
+@pytest.mark.skipif(os.environ.get("LAB") == "1", reason="a lab in the lab")
+@pytest.mark.skipif(not MADE and os.geteuid() != 0,
+                    reason="no Debian machine: run tools/lab --print machine as root")
+def test_no_figure_has_lost_more_than_three_per_cent() -> None:
+    done = subprocess.run([sys.executable, "-B", MAIN, "--gate"], cwd=ROOT, timeout=GATE_S,
+                          stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    print(done.stderr)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("\nok ") == len(gate.WATCHED)

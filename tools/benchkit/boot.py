@@ -82,7 +82,8 @@ def _listen(command: list[str], heard: Callable[[dict[str, Any]], None]) -> Meas
                     measured.take(told)
                     heard(told)
             status = lab.wait()
-        except KeyboardInterrupt:
+        except BaseException:  # a signal: the guest is to be gone, too
+            lab.terminate()
             lab.wait()
             raise
     if not measured.ended:

@@ -95,8 +95,9 @@ def _cases() -> list[Case]:
     row("cold-randread-32", "ubi-cold-fixed", "randread-32", "dm-clone-cold-1m")
     row("cold-randread-copying", "ubi-cold-64k", "cold-randread-32", "qsd-cold", 3.0)
     row("cold-randread-copying", "ubi-cold-64k", "cold-randread-32", "nbdkit-cold", 3.0)
-    row("cold-read-1m", "ubi-cold-1m", "cold-read-1m", "dd", 0.60, peer_load="copy")
-    row("cold-read-1m", "ubi-cold-1m", "cold-read-1m", "qsd-cold", 3.0)
+    copied = "cold-read-copied"
+    row("cold-read-1m", "ubi-cold-1m", copied, "dd", 0.60, peer_load="copy")
+    row("cold-read-1m", "ubi-cold-1m", copied, "qsd-cold", 3.0, peer_load="cold-read-1m")
     row("hydration", "ubi-cold-1m", "hydration", "dd", 0.95, peer_load="copy")
     row("hydration", "ubi-cold-1m", "hydration", "dm-clone-cold-1m", 1.0)
     row("hydration-64k", "ubi-cold-64k", "hydration", "dm-clone-cold-64k")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from .cases import Figure
 from .rows import ratio_of
+from .table import number
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -116,12 +117,6 @@ def lines(verdicts: list[Verdict]) -> list[str]:
     for one in verdicts:
         ratio = "" if one.ratio is None else f"{one.ratio:.3f}"
         word = "LOST" if one.fails else "ok"
-        numbers = f"{_number(one.value):>10} {_number(one.before):>10}  {ratio:>6}"
+        numbers = f"{number(one.value):>10} {number(one.before):>10}  {ratio:>6}"
         told.append(f"{word:4}  {one.figure:30} {numbers}  {one.told}".rstrip())
     return told
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

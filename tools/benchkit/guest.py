@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import disks, loads, servers, special
 from .cases import Figure
-from .shell import FailedError, MissingError, fio_report, run
+from .shell import FailedError, MissingError, each_until_it_waits, fio_report, run
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -57,7 +57,8 @@ def measure(subject: str, load: loads.Load, node: str, divisor: int) -> float:
     if not load.fixed:
         run("fio", *load.words(node, 16))
     count = load.requests(divisor * servers.slowness(subject))
-    job = fio_report(run("fio", *load.words(node, count)))
+    with each_until_it_waits() if load.depth > 1 else contextlib.nullcontext():
+        job = fio_report(run("fio", *load.words(node, count)))
     told = job["write" if load.rw.startswith(("write", "randwrite")) else "read"]
     if told["total_ios"] != count:
         raise FailedError(f"fio made {told['total_ios']} requests, not {count}")
@@ -67,21 +68,19 @@ def measure(subject: str, load: loads.Load, node: str, divisor: int) -> float:
 
 def measure_subject(subject: str, figures: list[Figure], divisor: int) -> None:
     """Measure all figures of one subject, on one disk if its state allows that."""
-    rest = figures
-    while rest:
-        size = 1 if subject in servers.FRESH else len(rest)
-        now, rest = rest[:size], rest[size:]
+    size = 1 if subject in servers.FRESH else max(len(figures), 1)
+    for start in range(0, len(figures), size):
+        left = figures[start : start + size]
         try:
             with servers.SUBJECTS[subject]() as node:
-                for figure in now:
-                    load = loads.BY_NAME[figure.load]
+                while left:
+                    load = loads.BY_NAME[left[0].load]
                     value = measure(subject, load, node, divisor)
-                    say(figure=figure.name, value=value, unit=load.unit)
-        except MissingError as error:
-            for figure in now:
-                say(figure=figure.name, missing=str(error))
-        except (FailedError, OSError) as error:
-            say(figure=now[0].name, failed=str(error))
+                    say(figure=left.pop(0).name, value=value, unit=load.unit)
+        except (FailedError, MissingError, OSError) as error:
+            how = "missing" if isinstance(error, MissingError) else "failed"
+            for figure in left:
+                say(figure=figure.name, **{how: str(error)})
 
 
 def measure_all(figures: Iterable[Figure], divisor: int) -> None:

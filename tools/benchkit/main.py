@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str]) -> int:
         return OK
     if options.json is not None and not os.access(options.json.absolute().parent, os.W_OK):
         made.error(f"--json {options.json}: its folder is not there or not writable: name another")
+    signal.signal(signal.SIGTERM, _stop)
     try:
         return _gate(record=options.record) if options.gate else _measure(chosen, options)
     except (boot.BenchError, LabError) as error:
@@ -100,6 +102,10 @@ def main(arguments: Sequence[str]) -> int:
         return UNABLE
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _stop(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _measure(chosen: list[cases.Case], options: argparse.Namespace) -> int:
@@ -151,7 +157,7 @@ class _Progress:
             return
         self._done += 1
         value = told.get("value")
-        text = f"{value:,.0f} {told['unit']}" if value is not None else "not had"
+        text = table.NOT_HAD if value is None else f"{table.number(value)} {told['unit']}"
         took = time.monotonic() - self._started
         note(f"{self._done}/{self._count}, {took:.0f} s: {told['figure']}: {text}")
 

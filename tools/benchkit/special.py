@@ -14,7 +14,18 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from . import disks, servers
-from .loads import BANDWIDTH, DELAY, IMAGE_BYTES, INSTRUCTIONS, KIB, MIB, RATE, SYNCS, Load
+from .loads import (
+    BANDWIDTH,
+    BY_NAME,
+    DELAY,
+    IMAGE_BYTES,
+    INSTRUCTIONS,
+    KIB,
+    MIB,
+    RATE,
+    SYNCS,
+    Load,
+)
 from .shell import (
     FailedError,
     MissingError,
@@ -37,12 +48,13 @@ MB = 1e6
 HOT_BYTES = 8 * MIB
 WINDOW_S = 0.25
 # Reads until well after the window; more than enough on whatever is measured.
-HOT = Load("hot", "randread", 98304, size=HOT_BYTES)
+HOT = Load("hot", "randread", 65536, size=HOT_BYTES)
 WRITERS, WRITES = 16, 32
 # dm-clone's hydration_threshold and hydration_batch_size, in regions; the first are its defaults.
 CLONE_SETTINGS = ((1, 1), (16, 1), (16, 16), (64, 4))
 TRACING = "/sys/kernel/tracing"
 FOLDER = "/mnt/bench"
+SETTLED_S = 2.0                    # of idleness, which takes no time
 
 
 class Say(Protocol):
@@ -78,8 +90,8 @@ Copying = Callable[[], AbstractContextManager[_Copier]]
 def ours_copying(*options: str) -> Iterator[_Copier]:
     """Have a disk of ours, nothing hydrated."""
     with servers.our_disk(*options, hydrated=False) as node:
-        daemon = servers.ubi("status", "bench")["pid"]
-        yield _Copier(node, servers.start_hydration, partial(bytes_of, daemon, "write"))
+        start = partial(servers.ask_daemon, "hydrate", run=True)
+        yield _Copier(node, start, partial(bytes_of, servers.ask_daemon("status")["pid"], "write"))
 
 
 @contextlib.contextmanager
@@ -103,6 +115,28 @@ def clone_hydration(region: int) -> Value:
     return max(tried)
 
 
+def cold_read() -> Value:
+    """Read all of a cold disk, and wait until all has been copied, too.
+
+    fio's own end is not that: here the processor's time counts, less that of fio's start.
+    """
+    load = BY_NAME["cold-read-1m"]
+    start = _busy(lambda: run("fio", *load.words(disks.RAW, 1)))
+    with ours_copying() as disk:
+        def work() -> None:
+            copied = disk.copied()
+            run("fio", *load.words(disk.node, load.count))
+            until(lambda: disk.copied() - copied >= IMAGE_BYTES, "the copy of what was read")
+
+        return IMAGE_BYTES * 1e3 / (_busy(work) - start), BANDWIDTH
+
+
+def _busy(work: Callable[[], object]) -> int:
+    before = busy_ns()
+    work()
+    return busy_ns() - before
+
+
 # -- hot reads meanwhile --------------------------------------------------------------------------
 
 
@@ -122,19 +156,24 @@ def reads_meanwhile(copying: Copying) -> _Meanwhile:
             try:
                 until(lambda: bytes_of(fio.pid, "read") > MIB, "fio's first reads")
                 disk.start()
-                before = time.monotonic_ns(), bytes_of(fio.pid, "read"), disk.copied()
-                time.sleep(WINDOW_S)
-                after = time.monotonic_ns(), bytes_of(fio.pid, "read"), disk.copied()
+                read, copied = _window(fio.pid, disk)
                 if fio.poll() is not None:
                     raise FailedError("fio ended before the window did")
-                report = fio_report(fio.communicate()[0])["read"]
+                longest = fio_report(fio.communicate()[0])["read"]["lat_ns"]["max"]
             finally:
                 fio.kill()
-    ns, read, copied = (late - early for early, late in zip(before, after, strict=True))
-    if copied >= IMAGE_BYTES - HOT_BYTES:
+    if copied * WINDOW_S >= IMAGE_BYTES - HOT_BYTES:
         raise FailedError("all was copied before the window ended")
-    return _Meanwhile(read / HOT.block * 1e9 / ns, copied * 1e9 / ns,
-                      report["lat_ns"]["max"] / 1e6)  # fmt: skip
+    return _Meanwhile(read / HOT.block, copied, longest / 1e6)
+
+
+def _window(fio: int, disk: _Copier) -> tuple[float, float]:
+    """Return what is read and copied for a while, bytes a second."""
+    before = time.monotonic_ns(), bytes_of(fio, "read"), disk.copied()
+    time.sleep(WINDOW_S)
+    after = time.monotonic_ns(), bytes_of(fio, "read"), disk.copied()
+    ns, read, copied = (late - early for early, late in zip(before, after, strict=True))
+    return read * 1e9 / ns, copied * 1e9 / ns
 
 
 @functools.cache
@@ -160,23 +199,23 @@ def syncs_of_writers() -> Value:
 
 @contextlib.contextmanager
 def counted_syncs() -> Iterator[Callable[[], tuple[int, int]]]:
-    """Have the kernel count syncs of block devices: fio's own, and everybody else's."""
+    """Have the kernel note syncs of block devices: fio's own, and everybody else's."""
     if not os.path.exists(f"{TRACING}/kprobe_events"):
         run("mount", "-t", "tracefs", "tracefs", TRACING)
-    event = f"{TRACING}/events/bench/sync"
     _write(f"{TRACING}/kprobe_events", "p:bench/sync blkdev_fsync")
-    _write(f"{event}/trigger", "hist:keys=common_pid.execname")
+    enabled = f"{TRACING}/events/bench/sync/enable"
+    _write(enabled, "1")
 
     def count() -> tuple[int, int]:
-        with open(f"{event}/hist") as file:
-            found = re.findall(r"common_pid: (\S+).*hitcount: +(\d+)", file.read())
-        fios = sum(int(hits) for name, hits in found if name == "fio")
-        return fios, sum(int(hits) for _, hits in found) - fios
+        _write(enabled, "0")
+        with open(f"{TRACING}/trace") as file:
+            names = re.findall(r"^ *(.+)-\d+ +\[.* sync: ", file.read(), re.MULTILINE)
+        return names.count("fio"), len(names) - names.count("fio")
 
     try:
         yield count
     finally:
-        _write(f"{event}/trigger", "!hist:keys=common_pid.execname")
+        _write(enabled, "0")
         _write(f"{TRACING}/kprobe_events", "-:bench/sync")
 
 
@@ -190,37 +229,44 @@ def _write(path: str, text: str) -> None:
 
 @functools.cache
 def filesystem() -> str:
-    """Make a filesystem for sparse files; have `add` in memory, as where it was used before."""
+    """Make a filesystem for sparse files."""
     run("mkfs.ext4", "-q", "-b", "4096", disks.FILES)
     os.makedirs(FOLDER)
     run("mount", disks.FILES, FOLDER)
-    added(FOLDER, "first", 64 * MIB)
     return FOLDER
 
 
-def added(folder: str, name: str, size: int) -> int:
-    """Tell how many instructions it takes to make a disk of a new image of `size`."""
+@contextlib.contextmanager
+def added(folder: str, name: str, size: int) -> Iterator[int]:
+    """Make a disk of a new image of `size`; tell how many instructions that took."""
     image, base = f"{folder}/{name}.image", f"{folder}/{name}.base"
     with open(image, "wb") as file:
         file.truncate(size)
-    before = busy_ns()
-    run(servers.UBI, "add", "--image", image, "--base", base, "--name", "bench")
-    taken = busy_ns() - before
-    servers.ubi("del", "bench")
+    words = ("add", "--image", image, "--base", base, "--name", name)
+    yield _busy(lambda: run(servers.UBI, *words))
+    servers.ubi("del", name)
     os.unlink(image)
     os.unlink(base)
-    return taken
 
 
 def add(size: int) -> Value:
-    """Count what `ublk-ubi add` takes."""
-    return added(filesystem(), str(size), size) / 1e9, INSTRUCTIONS
+    """Count what `ublk-ubi add` takes, until the disk is live.
+
+    There is a disk already: all programs are in memory, and the watch, which the first `add` starts
+    once its disk is live, runs.
+    """
+    folder = filesystem()
+    with added(folder, "first", 64 * MIB):
+        time.sleep(SETTLED_S)
+        with added(folder, "second", size) as taken:
+            return taken / 1e9, INSTRUCTIONS
 
 
 # -- all of them ----------------------------------------------------------------------------------
 
 SPECIAL: dict[tuple[str, str], Callable[[], Value]] = {
     ("dd", "copy"): copy_by_dd,
+    ("ubi-cold-1m", "cold-read-copied"): cold_read,
     ("ubi-cold-1m", "hydration"): partial(hydration, ours_copying),
     ("ubi-cold-64k", "hydration"):
         partial(hydration, partial(ours_copying, "--stripe-size", "64K")),

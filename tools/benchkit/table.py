@@ -32,7 +32,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
 
 
 def _own(row: Row) -> tuple[str, str, str, str]:
-    return row.case, row.subject, _number(row.value), row.unit
+    return row.case, row.subject, number(row.value), row.unit
 
 
 def _beside(row: Row) -> tuple[str, ...]:
@@ -41,13 +41,14 @@ def _beside(row: Row) -> tuple[str, ...]:
         verdict = "open"
     ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
     goal = "" if row.goal is None else f"{row.goal:.2f}"
-    return row.peer, _number(row.peer_value), ratio, goal, verdict
+    return row.peer, number(row.peer_value), ratio, goal, verdict
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Write a figure with the digits that are known."""
     if value is None:
         return NOT_HAD
-    return f"{value:,.0f}" if value >= 1000 else f"{value:g}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _cell(text: str, width: int, at: int) -> str:
