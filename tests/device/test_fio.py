@@ -28,6 +28,7 @@ def test_verify(ubi, make_image, make_base, tmp_path, seed, job, queues):
     verify(ubi, make_image, make_base, tmp_path, seed, job, queues)
 
 
+@pytest.mark.cpus(2)
 @pytest.mark.data_paths("fallback")
 def test_verify_what_falls_back(ubi, make_image, make_base, tmp_path, seed):
     verify(ubi, make_image, make_base, tmp_path, seed, "mixed", 2)
