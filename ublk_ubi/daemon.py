@@ -127,7 +127,7 @@ class Daemon:
         )
         self._signals_fd = self._catch_signals()
         self._selector.register(self._wake, selectors.EVENT_READ, self._on_wake)
-        self._selector.register(session.plane.notify_fd, selectors.EVENT_READ, self._on_notice)
+        self._hear_notices()
         self._selector.register(self._signals_fd, selectors.EVENT_READ, self._on_signal)
 
     def serve(self) -> int:
@@ -147,6 +147,8 @@ class Daemon:
                     self._server.close(linger_s=LINGER_S)
                     return int(problem.code) if problem else 0
                 self._state = "live"
+                self._hear_notices()
+                os.eventfd_write(self._session.plane.notify_fd, 1)  # of what was said meanwhile
 
     def _wait_s(self) -> float | None:
         """Give the seconds until something is due by itself."""
@@ -233,17 +235,24 @@ class Daemon:
 
     def _stop(self, *, force: bool) -> None:
         """Begin to stop, unless that is under way."""
-        if self._worker is None:
-            self._state = "stopping"
-            self._worker = threading.Thread(target=self._do_stop, args=(force,), daemon=True)
-            self._worker.start()
+        self._begin(lambda: self._do_stop(force))
 
     def _leave(self) -> None:
         """Begin to leave the disk to another daemon, unless it is being stopped."""
-        if self._worker is None:
-            self._state = "stopping"
-            self._worker = threading.Thread(target=self._do_leave, daemon=True)
-            self._worker.start()
+        self._begin(self._do_leave)
+
+    def _begin(self, work: Callable[[], None]) -> None:
+        if self._worker is not None:
+            return
+        self._state = "stopping"
+        # What I/O threads tell is for the worker to hear: who reads it here has it wait for more.
+        self._selector.unregister(self._session.plane.notify_fd)
+        self._worker = threading.Thread(target=work, daemon=True)
+        self._worker.start()
+
+    def _hear_notices(self) -> None:
+        notify_fd = self._session.plane.notify_fd
+        self._selector.register(notify_fd, selectors.EVENT_READ, self._on_notice)
 
     def _do_leave(self) -> None:
         problem: UbiError | None = None
