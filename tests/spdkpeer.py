@@ -319,8 +319,9 @@ class Spdk:
     def start(self) -> Spdk:
         words = [sys.executable, __file__, "-r", self.socket, "-S", str(self.folder)]
         if binaries := os.environ.get("UBLK_UBI_SPDK"):
-            words = [os.path.join(binaries, "vhost"), "-r", self.socket, "-S", str(self.folder),
-                     "--no-huge", "-s", "512", "-u", "-m", "0x1"]
+            # It polls: whoever else wants the processor goes first.
+            words = ["nice", "-n", "19", os.path.join(binaries, "vhost"), "-r", self.socket,
+                     "-S", str(self.folder), "--no-huge", "-s", "512", "-u", "-m", "0x1"]
         with open(self.folder / "spdk.log", "ab") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, cwd=self.folder,
                                             stdin=subprocess.DEVNULL)

@@ -34,13 +34,23 @@ CONTROLLER = "vhost.0"
 class Server:
     """A server that runs. `socket` is what a VM connects to."""
 
+    kind: str
+    ubi: Ubi
+    device: Device
+    folder: Path
     process: subprocess.Popen[bytes]
     socket: Path
 
     @classmethod
     def start(cls, kind: str, ubi: Ubi, device: Device, folder: Path) -> Self:
         """Serve the disk; returns when the socket is there."""
-        return cls(*(_qemu(device, folder) if kind == "qemu" else _spdk(kind, ubi, device, folder)))
+        process, socket = _begin(kind, ubi, device, folder)
+        return cls(kind, ubi, device, folder, process, socket)
+
+    def start_again(self) -> None:
+        """Serve the disk once more, at the same socket, after `kill`."""
+        self.process, socket = _begin(self.kind, self.ubi, self.device, self.folder)
+        assert socket == self.socket
 
     def __enter__(self) -> Self:
         return self
@@ -60,6 +70,12 @@ class Server:
         """End it as a power cut would."""
         self.process.kill()
         self.process.wait(30)
+
+
+def _begin(
+    kind: str, ubi: Ubi, device: Device, folder: Path,
+) -> tuple[subprocess.Popen[bytes], Path]:
+    return _qemu(device, folder) if kind == "qemu" else _spdk(kind, ubi, device, folder)
 
 
 def _qemu(device: Device, folder: Path) -> tuple[subprocess.Popen[bytes], Path]:
