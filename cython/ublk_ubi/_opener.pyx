@@ -25,7 +25,7 @@ from ublk_ubi._ring cimport (
     CQE_OP, FILE_COUNT, Op, Ring, cqe_index, cqe_kind, ring_action, ring_enter, ring_exit,
     ring_init, ring_op_done,
 )
-from ublk_ubi._uring cimport io_uring_cq_advance, io_uring_cqe, io_uring_peek_batch_cqe
+from ublk_ubi._uring cimport cqe_at, io_uring_cq_advance, io_uring_cq_ready, io_uring_cqe
 
 from ublk_ubi.table import Identity, TableState
 
@@ -277,14 +277,15 @@ cdef class Opener:
 
 cdef int32_t run_action(Ring* ring, Action* action) noexcept nogil:
     """One action, waited for."""
-    cdef io_uring_cqe* cqe = NULL
+    cdef io_uring_cqe* cqe
     cdef int32_t result = -EIO
     cdef bint ended = False
     action.token = 0
     ring_action(ring, action)
     while not ended:
         ring_enter(ring, <uint64_t>-1)
-        while not ended and io_uring_peek_batch_cqe(&ring.uring, &cqe, 1) == 1:
+        while not ended and io_uring_cq_ready(&ring.uring) > 0:
+            cqe = cqe_at(&ring.uring, 0)
             ensure(cqe_kind(cqe.user_data) == CQE_OP, b"an opener's ring does I/O only")
             ended = ring_op_done(ring, cqe_index(cqe.user_data), cqe.res, &result)
             io_uring_cq_advance(&ring.uring, 1)

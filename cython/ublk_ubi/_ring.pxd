@@ -67,6 +67,7 @@ cdef struct Ring:
     const uint8_t* zeros           # to be written where a range cannot be zeroed otherwise
     uint32_t zeros_bytes
     uint32_t block                 # bytes: where a short transfer may be continued
+    bint registered_fd             # io_uring_enter finds the ring without looking for its file
     bint base_is_block
     bint lacks_punch               # the base has said so
     bint lacks_range

@@ -14,12 +14,12 @@ from ublk_ubi._uring cimport (
     FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, IORING_FSYNC_DATASYNC,
     IORING_OP_URING_CMD, IORING_SETUP_COOP_TASKRUN, IORING_SETUP_CQSIZE, IORING_SETUP_DEFER_TASKRUN,
     IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_SUBMIT_ALL, IOSQE_CQE_SKIP_SUCCESS, IOSQE_FIXED_FILE,
-    __kernel_timespec, io_uring_cqe, io_uring_get_sqe, io_uring_params, io_uring_prep_fallocate,
+    __kernel_timespec, enter, io_uring_get_sqe, io_uring_params, io_uring_prep_fallocate,
     io_uring_prep_fsync, io_uring_prep_msg_ring, io_uring_prep_read, io_uring_prep_read_fixed,
     io_uring_prep_write, io_uring_prep_write_fixed, io_uring_queue_exit, io_uring_queue_init_params,
     io_uring_register_buffers_sparse, io_uring_register_files, io_uring_register_files_update,
     io_uring_register_iowq_max_workers, io_uring_register_ring_fd, io_uring_sqe, io_uring_submit,
-    io_uring_submit_and_get_events, io_uring_submit_and_wait_timeout, prep_discard, sqe_set_dsync,
+    prep_discard, sq_init, sqe_set_dsync,
 )
 
 cdef enum:
@@ -50,8 +50,9 @@ cdef int ring_init(Ring* ring, uint32_t entries, Op* ops, uint32_t op_count,
     if status < 0:
         io_uring_queue_exit(&ring.uring)
         return status
+    sq_init(&ring.uring)
     # A saving only; the ring works without.
-    io_uring_register_ring_fd(&ring.uring)
+    ring.registered_fd = io_uring_register_ring_fd(&ring.uring) == 1
     # Reads of a stuck image may block as many io-wq workers as there are operations: leave one over
     # for the fdatasync that others wait for.
     workers[0] = op_count + 1
@@ -277,16 +278,15 @@ cdef void ring_arm_wake(Ring* ring, int event_fd) noexcept nogil:
 cdef void ring_enter(Ring* ring, uint64_t timeout_ns) noexcept nogil:
     """One system call: submit all, wait for one, run the completions' task work."""
     cdef __kernel_timespec ts
-    cdef io_uring_cqe* cqe = NULL
     cdef int status
     if timeout_ns == 0:
-        status = io_uring_submit_and_get_events(&ring.uring)
+        status = enter(&ring.uring, ring.registered_fd, 0, NULL)
     elif timeout_ns == <uint64_t>-1:
-        status = io_uring_submit_and_wait_timeout(&ring.uring, &cqe, 1, NULL, NULL)
+        status = enter(&ring.uring, ring.registered_fd, 1, NULL)
     else:
         ts.tv_sec = timeout_ns // 1000000000
         ts.tv_nsec = timeout_ns % 1000000000
-        status = io_uring_submit_and_wait_timeout(&ring.uring, &cqe, 1, &ts, NULL)
+        status = enter(&ring.uring, ring.registered_fd, 1, &ts)
     # EBADR says that CQEs were dropped: nobody can tell any more which requests are in flight.
     ensure(status >= 0 or status == -ETIME or status == -EINTR or status == -EAGAIN
            or status == -EBUSY, b"io_uring_enter works, and drops no completion")

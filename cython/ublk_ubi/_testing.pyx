@@ -32,7 +32,7 @@ from ublk_ubi._ring cimport (
     ring_drop_image, ring_init, ring_op_done, ring_register_requests, ring_ublk,
 )
 from ublk_ubi._uring cimport (
-    io_uring, io_uring_cq_advance, io_uring_cqe, io_uring_peek_batch_cqe, io_uring_sqe, now_ns,
+    cqe_at, io_uring, io_uring_cq_advance, io_uring_cq_ready, io_uring_cqe, io_uring_sqe, now_ns,
 )
 
 cdef extern from *:
@@ -723,9 +723,10 @@ cdef class RingBench:
 
     def cqes(self):
         """(kind, index, res) of every CQE that is there."""
-        cdef io_uring_cqe* cqe = NULL
+        cdef io_uring_cqe* cqe
         found = []
-        while io_uring_peek_batch_cqe(&self.ring.uring, &cqe, 1) == 1:
+        while io_uring_cq_ready(&self.ring.uring) > 0:
+            cqe = cqe_at(&self.ring.uring, 0)
             found.append((cqe_kind(cqe.user_data), cqe_index(cqe.user_data), cqe.res))
             io_uring_cq_advance(&self.ring.uring, 1)
         return found

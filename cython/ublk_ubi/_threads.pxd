@@ -25,7 +25,6 @@ from ublk_ubi._ring cimport Op, Ring
 
 cdef enum:
     TICK_NS = 1000000000
-    CQE_BATCH = 64
 
 # How far a thread is; the control thread reads it, told of changes by `notify_fd`.
 cdef enum ThreadState:

@@ -30,8 +30,8 @@ from ublk_ubi._ring cimport (
     ring_op_done, ring_register_requests, ring_ublk,
 )
 from ublk_ubi._uring cimport (
-    PR_SET_IO_FLUSHER, PR_SET_NAME, drop_capabilities, io_uring_cq_advance, io_uring_cqe,
-    io_uring_peek_batch_cqe, now_ns, prctl, pread, pwrite,
+    PR_SET_IO_FLUSHER, PR_SET_NAME, cqe_at, drop_capabilities, io_uring_cq_advance,
+    io_uring_cq_ready, io_uring_cqe, now_ns, prctl, pread, pwrite,
 )
 
 cdef extern from "<sys/eventfd.h>" nogil:
@@ -235,23 +235,22 @@ cdef void on_ublk(QueueThread* thread, uint16_t tag, int32_t res) noexcept nogil
 
 
 cdef void queue_completions(QueueThread* thread) noexcept nogil:
-    cdef io_uring_cqe* cqes[CQE_BATCH]
-    cdef unsigned count = CQE_BATCH
+    cdef const io_uring_cqe* cqe
+    cdef unsigned count = io_uring_cq_ready(&thread.base.ring.uring)
     cdef unsigned i
     cdef uint8_t kind
     cdef Event event
-    while count == CQE_BATCH:
-        count = io_uring_peek_batch_cqe(&thread.base.ring.uring, cqes, CQE_BATCH)
-        for i in range(count):
-            kind = cqe_kind(cqes[i].user_data)
-            if kind == CQE_OP:
-                if op_event(&thread.base, cqes[i], &event):
-                    queue_event(thread, &event)
-            elif kind == CQE_UBLK:
-                on_ublk(thread, <uint16_t>cqe_index(cqes[i].user_data), cqes[i].res)
-            else:
-                other_cqe(&thread.base, kind)
-        io_uring_cq_advance(&thread.base.ring.uring, count)
+    for i in range(count):
+        cqe = cqe_at(&thread.base.ring.uring, i)
+        kind = cqe_kind(cqe.user_data)
+        if kind == CQE_OP:
+            if op_event(&thread.base, cqe, &event):
+                queue_event(thread, &event)
+        elif kind == CQE_UBLK:
+            on_ublk(thread, <uint16_t>cqe_index(cqe.user_data), cqe.res)
+        else:
+            other_cqe(&thread.base, kind)
+    io_uring_cq_advance(&thread.base.ring.uring, count)
 
 
 cdef void queue_messages(QueueThread* thread) noexcept nogil:
@@ -361,21 +360,20 @@ cdef inline bint is_zeros(HydratorThread* thread, const Event* event) noexcept n
 
 
 cdef void hydrator_completions(HydratorThread* thread) noexcept nogil:
-    cdef io_uring_cqe* cqes[CQE_BATCH]
-    cdef unsigned count = CQE_BATCH
+    cdef const io_uring_cqe* cqe
+    cdef unsigned count = io_uring_cq_ready(&thread.base.ring.uring)
     cdef unsigned i
     cdef uint8_t kind
     cdef Event event
-    while count == CQE_BATCH:
-        count = io_uring_peek_batch_cqe(&thread.base.ring.uring, cqes, CQE_BATCH)
-        for i in range(count):
-            kind = cqe_kind(cqes[i].user_data)
-            if kind != CQE_OP:
-                other_cqe(&thread.base, kind)
-            elif op_event(&thread.base, cqes[i], &event):
-                event.zeros = is_zeros(thread, &event)
-                hydrator_event(thread, &event)
-        io_uring_cq_advance(&thread.base.ring.uring, count)
+    for i in range(count):
+        cqe = cqe_at(&thread.base.ring.uring, i)
+        kind = cqe_kind(cqe.user_data)
+        if kind != CQE_OP:
+            other_cqe(&thread.base, kind)
+        elif op_event(&thread.base, cqe, &event):
+            event.zeros = is_zeros(thread, &event)
+            hydrator_event(thread, &event)
+    io_uring_cq_advance(&thread.base.ring.uring, count)
 
 
 cdef void hydrator_messages(HydratorThread* thread) noexcept nogil:

@@ -54,10 +54,7 @@ cdef extern from "<liburing.h>" nogil:
     int io_uring_register_iowq_max_workers(io_uring* ring, unsigned* values) noexcept
     io_uring_sqe* io_uring_get_sqe(io_uring* ring) noexcept
     int io_uring_submit(io_uring* ring) noexcept
-    int io_uring_submit_and_wait_timeout(io_uring* ring, io_uring_cqe** cqe, unsigned wait,
-                                         __kernel_timespec* ts, void* sigmask) noexcept
-    int io_uring_submit_and_get_events(io_uring* ring) noexcept
-    unsigned io_uring_peek_batch_cqe(io_uring* ring, io_uring_cqe** cqes, unsigned count) noexcept
+    unsigned io_uring_cq_ready(const io_uring* ring) noexcept
     void io_uring_cq_advance(io_uring* ring, unsigned count) noexcept
     void io_uring_prep_rw(int op, io_uring_sqe* sqe, int fd, const void* addr, unsigned length,
                           uint64_t offset) noexcept
@@ -77,6 +74,7 @@ cdef extern from "<liburing.h>" nogil:
 
 cdef extern from *:
     """
+    #include <errno.h>
     #include <linux/capability.h>
     #include <linux/falloc.h>
     #include <string.h>
@@ -107,6 +105,38 @@ cdef extern from *:
         memcpy(sqe->cmd, &length, sizeof(length));
     }
     static inline void ubi_sqe_set_dsync(struct io_uring_sqe *sqe) { sqe->rw_flags = RWF_DSYNC; }
+    /* What each turn of a thread does with its ring (io_uring(7)), which liburing has made, and may
+       submit to as well. Its own calls for this take thrice as many instructions. */
+    #ifndef IORING_SETUP_NO_SQARRAY
+    #define IORING_SETUP_NO_SQARRAY (1U << 16)
+    #endif
+    /* Row i of the queue is SQE i, for ever. */
+    static inline void ubi_sq_init(struct io_uring *ring)
+    {
+        unsigned i;
+        if (!(ring->flags & IORING_SETUP_NO_SQARRAY))
+            for (i = 0; i < ring->sq.ring_entries; i++)
+                ring->sq.array[i] = i;
+    }
+    static inline int ubi_enter(struct io_uring *ring, int registered, unsigned wait,
+                                const struct __kernel_timespec *ts)
+    {
+        struct io_uring_sq *sq = &ring->sq;
+        struct io_uring_getevents_arg arg = { .ts = (uint64_t)(uintptr_t)ts };
+        unsigned flags = IORING_ENTER_GETEVENTS | (ts ? IORING_ENTER_EXT_ARG : 0)
+                         | (registered ? IORING_ENTER_REGISTERED_RING : 0);
+        long status;
+        sq->sqe_head = sq->sqe_tail;
+        io_uring_smp_store_release(sq->ktail, sq->sqe_tail);
+        status = syscall(__NR_io_uring_enter, registered ? ring->enter_ring_fd : ring->ring_fd,
+                         sq->sqe_tail - IO_URING_READ_ONCE(*sq->khead), wait, flags,
+                         ts ? &arg : NULL, ts ? sizeof(arg) : 0);
+        return status < 0 ? -errno : (int)status;
+    }
+    static inline struct io_uring_cqe *ubi_cqe(const struct io_uring *ring, unsigned i)
+    {
+        return &ring->cq.cqes[(*ring->cq.khead + i) & ring->cq.ring_mask];
+    }
     static inline void ubi_drop_capabilities(void)
     {
         struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
@@ -120,6 +150,11 @@ cdef extern from *:
         return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
     }
     """
+    void sq_init "ubi_sq_init"(io_uring* ring) noexcept nogil      # once, before the first SQE
+    # Submit all, wait for `wait` CQEs or until `ts` is over; how many were submitted, or -errno.
+    int enter "ubi_enter"(io_uring* ring, bint registered, unsigned wait,
+                          const __kernel_timespec* ts) noexcept nogil
+    io_uring_cqe* cqe_at "ubi_cqe"(const io_uring* ring, unsigned i) noexcept nogil
     void sqe_set_dsync "ubi_sqe_set_dsync"(io_uring_sqe* sqe) noexcept nogil
     void prep_discard "ubi_prep_discard"(io_uring_sqe* sqe, int fd, uint64_t start,
                                          uint64_t length) noexcept nogil
