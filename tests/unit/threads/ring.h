@@ -44,22 +44,15 @@ static void push(FakeRing *fake, uint8_t kind, uint32_t index, int32_t res)
 
 static FakeRing *fake_of(Ring *ring) { return &rings[ring->uring.ring_fd]; }
 
-static unsigned fake_peek(struct io_uring *uring, struct io_uring_cqe **cqes, unsigned count)
-{
-    FakeRing *fake = &rings[uring->ring_fd];
-    unsigned i;
-    for (i = 0; i < count && fake->head + i != fake->tail; i++)
-        cqes[i] = &fake->cqes[(fake->head + i) % MAX_CQES];
-    return i;
-}
-
-static void fake_advance(struct io_uring *uring, unsigned count) { rings[uring->ring_fd].head += count; }
-
 static int fake_init(Ring *ring, uint32_t entries, Op *ops, uint32_t op_count, const int *files)
 {
     for (int i = 0; i <= MAX_QUEUES; i++)
         if (rings[i].ring == ring) {
             ring->uring.ring_fd = i;
+            ring->uring.cq.khead = &rings[i].head;
+            ring->uring.cq.ktail = &rings[i].tail;
+            ring->uring.cq.cqes = rings[i].cqes;
+            ring->uring.cq.ring_mask = MAX_CQES - 1;
             return op_count <= MAX_OPS ? 0 : -EINVAL;
         }
     return -ENOENT;

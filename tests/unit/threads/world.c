@@ -5,10 +5,6 @@
  * used and stopped. Exit status: 0; 3 and a line for what a guest has found; ThreadSanitizer's own.
  */
 #include <liburing.h>
-static unsigned fake_peek(struct io_uring *uring, struct io_uring_cqe **cqes, unsigned count);
-static void fake_advance(struct io_uring *uring, unsigned count);
-#define io_uring_peek_batch_cqe fake_peek
-#define io_uring_cq_advance fake_advance
 #include "_threads.c"
 #include "names.h"
 
