@@ -60,7 +60,9 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="ublk-ubi-bench-", dir="/var/tmp") as scratch:
         archive = Path(scratch, "payload.tar")
         payload.pack(archive, kublk)
-        plan = {"figures": figures, "divisor": divisor, "payload": str(archive)}
+        pythons = [f"/usr/bin/{payload.VERSION}", os.path.realpath(sys.executable)]
+        plan = {"figures": figures, "divisor": divisor, "payload": str(archive),
+                "pythons": pythons}  # fmt: skip
         Path(scratch, "plan.json").write_text(json.dumps(plan))
         command = [
             sys.executable, "-B", str(ROOT / "tools/lab"), *LAB, "--scratch", scratch,

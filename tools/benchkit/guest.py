@@ -4,8 +4,9 @@
     {"figure": "kublk-loop/randread-32", "missing": "not built"}
     {"figure": "ubi-zero-copy/randread-32", "failed": "…"}
 
-The plan, a file: {"figures": [[SUBJECT, LOAD], …], "divisor": N, "payload": PATH}. Started by the
-lab as `python3 -m benchkit.guest PLAN`.
+The plan, a file: {"figures": [[SUBJECT, LOAD], …], "divisor": N, "payload": PATH, "pythons": [PATH,
+…]}; the first of the Pythons that is there runs what is ours. Started by the lab as `python3 -m
+benchkit.guest PLAN`.
 """
 
 from __future__ import annotations
@@ -38,7 +39,15 @@ def say(**words: Any) -> None:
     print(json.dumps(words), flush=True)
 
 
-def prepare(payload: str) -> None:
+def make_venv(pythons: list[str]) -> None:
+    """Complete the payload: a Python that lies in the guest waits for nothing of the host's."""
+    python = next(path for path in pythons if os.path.exists(path))
+    os.symlink(python, f"{servers.PLACE}/bin/python")
+    with open(f"{servers.PLACE}/pyvenv.cfg", "w") as file:
+        file.write(f"home = {os.path.dirname(python)}\ninclude-system-site-packages = false\n")
+
+
+def prepare(payload: str, pythons: list[str]) -> None:
     """Bring the machine to where figures can be had."""
     for path, value in SETTINGS.items():
         with contextlib.suppress(FileNotFoundError), open(path, "w") as file:
@@ -47,6 +56,7 @@ def prepare(payload: str) -> None:
     os.environ.pop("PYTHONPATH", None)
     os.makedirs(servers.PLACE)
     run("tar", "-xf", payload, "-C", servers.PLACE)
+    make_venv(pythons)
     for module in (["ublk_drv"], ["dm-clone"], ["nbd", "nbds_max=2"]):
         run("modprobe", *module)
     disks.make()
@@ -98,7 +108,7 @@ def main() -> None:
     """Do the plan."""
     with open(sys.argv[1]) as file:
         plan = json.load(file)
-    prepare(plan["payload"])
+    prepare(plan["payload"], plan["pythons"])
     say(kernel=os.uname().release)
     measure_all([Figure(*words) for words in plan["figures"]], plan["divisor"])
     say(end=True)

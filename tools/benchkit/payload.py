@@ -7,7 +7,6 @@ instructions as its clock runs on while it waits.
 from __future__ import annotations
 
 import io
-import os
 import re
 import sys
 import tarfile
@@ -20,18 +19,15 @@ PLACE = "/tmp/bench"               # as servers.py knows it
 VERSION = f"python{sys.version_info[0]}.{sys.version_info[1]}"
 SITE = f"lib/{VERSION}/site-packages"
 COMMAND = f"#!{PLACE}/bin/python\nfrom ublk_ubi.cli import main\nmain()\n"
-VENV = "home = {}\ninclude-system-site-packages = false\n"
 
 
 def pack(archive: Path, kublk: Path | None) -> None:
-    """Write the archive: a venv with what a user's has, and kublk where it could be had."""
-    python = Path(os.path.realpath(sys.executable))
+    """Write the archive: what a user's venv has, and kublk where it could be had.
+
+    The guest makes a venv of it: with its own Python, if that is of this version.
+    """
     with tarfile.open(archive, "w") as tar:
-        _text(tar, "pyvenv.cfg", VENV.format(python.parent), 0o644)
         _text(tar, "bin/ublk-ubi", COMMAND, 0o755)
-        link = tarfile.TarInfo("bin/python")
-        link.type, link.linkname = tarfile.SYMTYPE, str(python)
-        tar.addfile(link)
         tar.add(ROOT / "ublk_ubi", f"{SITE}/ublk_ubi", filter=_ours)
         for name in _dependencies():
             _distribution(tar, name)

@@ -54,6 +54,7 @@ WRITERS, WRITES = 16, 32
 CLONE_SETTINGS = ((1, 1), (16, 1), (16, 16), (64, 4))
 TRACING = "/sys/kernel/tracing"
 FOLDER = "/mnt/bench"
+ADDS = 3
 SETTLED_S = 2.0                    # of idleness, which takes no time
 
 
@@ -216,7 +217,7 @@ def counted_syncs() -> Iterator[Callable[[], tuple[int, int]]]:
         yield count
     finally:
         _write(enabled, "0")
-        _write(f"{TRACING}/kprobe_events", "-:bench/sync")
+        open(f"{TRACING}/kprobe_events", "w").close()  # which takes all probes away
 
 
 def _write(path: str, text: str) -> None:
@@ -250,16 +251,18 @@ def added(folder: str, name: str, size: int) -> Iterator[int]:
 
 
 def add(size: int) -> Value:
-    """Count what `ublk-ubi add` takes, until the disk is live.
+    """Count what `ublk-ubi add` takes, until the disk is live: the least of some.
 
     There is a disk already: all programs are in memory, and the watch, which the first `add` starts
     once its disk is live, runs.
     """
-    folder = filesystem()
+    folder, taken = filesystem(), []
     with added(folder, "first", 64 * MIB):
-        time.sleep(SETTLED_S)
-        with added(folder, "second", size) as taken:
-            return taken / 1e9, INSTRUCTIONS
+        for _ in range(ADDS):
+            time.sleep(SETTLED_S)
+            with added(folder, "second", size) as instructions:
+                taken.append(instructions)
+    return min(taken) / 1e9, INSTRUCTIONS
 
 
 # -- all of them ----------------------------------------------------------------------------------
