@@ -1,7 +1,7 @@
 /* Preloaded into the product: counts what its rings do, and ends the process right before an action.
  *
- * All of it happens between the data plane and liburing: an SQE is looked at when it is about to be
- * submitted, a CQE when it has been peeked at. The product itself is what is shipped, to the byte.
+ * All of it happens around io_uring_enter, which the data plane calls through libc: SQEs are looked at
+ * before, CQEs after it. The product itself is what is shipped, to the byte.
  *
  * The test and every process that it starts share one page (struct shared), which outlives them.
  */
@@ -11,6 +11,7 @@
 #include <fcntl.h>
 #include <liburing.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -48,6 +49,8 @@ static const struct io_desc *descriptors[QUEUES];
 static __thread uint8_t flying[TOKENS];     /* enum action, by token */
 static __thread uint8_t writing[TOKENS];    /* by tag */
 static __thread int queue = -1;
+static __thread struct io_uring *own;       /* the ring of this thread */
+static __thread unsigned seen;              /* CQEs of it that have been looked at */
 static __thread int is_hydrator = -1;
 
 __attribute__((constructor)) static void begin(void)
@@ -62,12 +65,21 @@ __attribute__((constructor)) static void begin(void)
         abort();
 }
 
-/* No RTLD_NEXT: liburing comes with a module of Python's, and is not in the global scope. */
-#define REAL(function) ({ \
+/* liburing comes with a module of Python's, and is not in the global scope. */
+#define RINGS(function) ({ \
     static __typeof__(&function) found; \
     if (!found) \
         found = (__typeof__(&function))dlsym(dlopen("liburing.so.2", RTLD_NOW), #function); \
     found; })
+
+static long enter(unsigned fd, unsigned submit, unsigned wait, unsigned flags, const void *arg,
+                  size_t size)
+{
+    static __typeof__(&syscall) found;
+    if (!found)
+        found = (__typeof__(&syscall))dlsym(RTLD_NEXT, "syscall");
+    return found(SYS_io_uring_enter, fd, submit, wait, flags, arg, size);
+}
 
 static int hydrates(void)
 {
@@ -119,7 +131,7 @@ static void die(enum action action)
     atomic_store(&shared->armed, NONE);
     atomic_store(&shared->died, action);
     for (;;)
-        syscall(SYS_kill, getpid(), SIGKILL);
+        kill(getpid(), SIGKILL);
 }
 
 static void note(const struct io_uring_sqe *sqe, enum action action)
@@ -138,38 +150,20 @@ static void note(const struct io_uring_sqe *sqe, enum action action)
 }
 
 /* What is about to be submitted; up to the action before which the process is to end. */
-static void look(struct io_uring *ring)
+static void look(unsigned fd, unsigned flags)
 {
-    struct io_uring_sq *sq = &ring->sq;
-    for (unsigned at = sq->sqe_head; shared && at != sq->sqe_tail; at++) {
+    struct io_uring_sq *sq = &own->sq;
+    unsigned first = *sq->khead;
+    for (unsigned at = first; at != *sq->ktail; at++) {
         const struct io_uring_sqe *sqe = &sq->sqes[at & sq->ring_mask];
         enum action action = kind_of(sqe);
         if (action != NONE && is_last(action)) {
-            sq->sqe_tail = at;
-            REAL(io_uring_submit)(ring);
+            *sq->ktail = at;
+            enter(fd, at - first, 0, flags & IORING_ENTER_REGISTERED_RING, NULL, 0);
             die(action);
         }
         note(sqe, action);
     }
-}
-
-int io_uring_submit(struct io_uring *ring)
-{
-    look(ring);
-    return REAL(io_uring_submit)(ring);
-}
-
-int io_uring_submit_and_get_events(struct io_uring *ring)
-{
-    look(ring);
-    return REAL(io_uring_submit_and_get_events)(ring);
-}
-
-int io_uring_submit_and_wait_timeout(struct io_uring *ring, struct io_uring_cqe **cqe,
-                                     unsigned wait, struct __kernel_timespec *ts, sigset_t *mask)
-{
-    look(ring);
-    return REAL(io_uring_submit_and_wait_timeout)(ring, cqe, wait, ts, mask);
 }
 
 static void take(const struct io_uring_cqe *cqe)
@@ -193,12 +187,33 @@ static void take(const struct io_uring_cqe *cqe)
     }
 }
 
-unsigned io_uring_peek_batch_cqe(struct io_uring *ring, struct io_uring_cqe **cqes, unsigned count)
+int io_uring_queue_init_params(unsigned entries, struct io_uring *ring, struct io_uring_params *p)
 {
-    unsigned got = REAL(io_uring_peek_batch_cqe)(ring, cqes, count);
-    for (unsigned i = 0; shared && i < got; i++)
-        take(cqes[i]);
-    return got;
+    own = ring;
+    seen = 0;
+    return RINGS(io_uring_queue_init_params)(entries, ring, p);
+}
+
+long syscall(long number, ...)
+{
+    long a[6], result;
+    va_list more;
+    va_start(more, number);
+    for (int i = 0; i < 6; i++)
+        a[i] = va_arg(more, long);
+    va_end(more);
+    if (number != SYS_io_uring_enter) {
+        static __typeof__(&syscall) found;
+        if (!found)
+            found = (__typeof__(&syscall))dlsym(RTLD_NEXT, "syscall");
+        return found(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+    }
+    if (shared && own)
+        look(a[0], a[3]);
+    result = enter(a[0], a[1], a[2], a[3], (const void *)a[4], a[5]);
+    for (; shared && own && seen != *own->cq.ktail; seen++)
+        take(&own->cq.cqes[seen & own->cq.ring_mask]);
+    return result;
 }
 
 /* Where a queue's descriptors are: they say whether a request is a write. */

@@ -86,13 +86,6 @@ static void step(const char *name, const char *path)
         found = (__typeof__(&function))dlsym(RTLD_NEXT, #function); \
     found; })
 
-/* Not liburing's: it comes with a module of Python's, and is not in the global scope. */
-#define RINGS(function) ({ \
-    static __typeof__(&function) found; \
-    if (!found) \
-        found = (__typeof__(&function))dlsym(dlopen("liburing.so.2", RTLD_NOW), #function); \
-    found; })
-
 #define STEP(type, function, parameters, arguments, path) \
     type function parameters \
     { \
@@ -180,22 +173,16 @@ int fcntl64(int fd, int command, ...)
     return REAL(fcntl64)(fd, command, argument);
 }
 
-/* The opener's I/O; that of the other threads is the matter of mortal.c. */
-static void io(void)
+/* io_uring_enter: the opener's I/O; that of the other threads is the matter of mortal.c. */
+long syscall(long number, ...)
 {
-    if (syscall(SYS_gettid) == getpid())
+    long a[6];
+    va_list more;
+    va_start(more, number);
+    for (int i = 0; i < 6; i++)
+        a[i] = va_arg(more, long);
+    va_end(more);
+    if (number == SYS_io_uring_enter && gettid() == getpid())
         step("io", "");
-}
-
-int io_uring_submit_and_get_events(struct io_uring *ring)
-{
-    io();
-    return RINGS(io_uring_submit_and_get_events)(ring);
-}
-
-int io_uring_submit_and_wait_timeout(struct io_uring *ring, struct io_uring_cqe **cqe,
-                                     unsigned wait, struct __kernel_timespec *ts, sigset_t *mask)
-{
-    io();
-    return RINGS(io_uring_submit_and_wait_timeout)(ring, cqe, wait, ts, mask);
+    return REAL(syscall)(number, a[0], a[1], a[2], a[3], a[4], a[5]);
 }
