@@ -62,6 +62,7 @@ class Limits(NamedTuple):
     owed: int = MAX_OWED
     waiting: int = MAX_WAITING  # less than `clients`
     batch: int = 0  # requests in one array, all answered in one turn; 0: batches are refused
+    idle: bool = False  # who asks nothing may stay, as long as there is room
 
 
 DEFAULT_LIMITS = Limits()
@@ -230,7 +231,8 @@ class Server:
         if not self._accepting:
             deadlines.append(self._accept_at)
         for client in list(self._clients.values()):
-            if client.owed and not client.unread:
+            stays = client.owed or (self._limits.idle and not client.framer.partial)
+            if stays and not client.unread:
                 continue  # it waits for us, not we for it
             deadline = client.active + self._idle_timeout_s
             if deadline <= now:

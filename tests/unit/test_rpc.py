@@ -21,7 +21,7 @@ import pytest
 from ublk_ubi import rpc_server
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.rpc import NoAnswerError, RpcError, call
-from ublk_ubi.rpc_server import Deferred, NoParams, Server
+from ublk_ubi.rpc_server import DEFAULT_LIMITS, Deferred, Limits, NoParams, Server
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,7 @@ class Echo(msgspec.Struct, forbid_unknown_fields=True):
 class Harness:
     """A server on a thread, driven by a loop as a daemon has it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limits: Limits = DEFAULT_LIMITS) -> None:
         self.path = str(path)
         self.now = 0.0  # added to the clock
         self.reports: list[str] = []
@@ -58,6 +58,7 @@ class Harness:
                 "at_once": (NoParams, self.at_once),
             },
             self.selector,
+            limits=limits,
             report=self.reports.append,
             clock=lambda: time.monotonic() + self.now,
         )
@@ -427,6 +428,24 @@ def test_idle_and_dripping_clients_go(harness: Harness) -> None:
         assert idle.recv(1) == b""
         with contextlib.suppress(ConnectionResetError):
             assert dripping.recv(1) == b""
+
+
+def test_idle_clients_stay_where_they_may(tmp_path: Path) -> None:
+    """As with SPDK, whose clients keep their connections; one that drips goes all the same."""
+    harness = Harness(tmp_path / "socket", Limits(idle=True))
+    try:
+        with harness.connect() as idle, harness.connect() as dripping:
+            idle.sendall(request("echo", text="a"))
+            assert answers(idle, 1)[0]["result"]
+            dripping.sendall(b'{"jsonrpc":')
+            harness.wait_for_clients(2)
+            harness.now += 10 * rpc_server.IDLE_TIMEOUT_S
+            harness.wait_for_clients(1)
+            assert dripping.recv(1) == b""
+            idle.sendall(request("echo", text="b"))
+            assert answers(idle, 1)[0]["result"]
+    finally:
+        harness.end()
 
 
 def test_more_clients_than_places(harness: Harness) -> None:

@@ -29,7 +29,7 @@ from ublk_ubi.serve.keeper import Keeper
 from ublk_ubi.serve.methods import Methods
 from ublk_ubi.signals import ENDING
 
-LIMITS = Limits(request=256 << 10, clients=256, owed=128, waiting=192, batch=256)
+LIMITS = Limits(request=256 << 10, clients=256, owed=128, waiting=192, batch=256, idle=True)
 END_S = 15.0
 LINGER_S = 2.0
 SPDK_WAIT_S = 60.0
