@@ -66,21 +66,24 @@ def remove_device(device: Device, *, force: bool, timeout_s: float) -> None:
         clear_dead(left, force=force, timeout_s=timeout_s)
 
 
-def refuse_if_used(device: Device) -> None:
-    """Raise UbiError (busy) that names the mount, the holder or the processes using a device."""
+def refuse_if_used(device: Device, but: int | None = None) -> None:
+    """Raise UbiError (busy) that names the mount, the holder or the processes using a device.
+
+    `but` is a process that may: what it has opened is going to be taken from it.
+    """
     if device.state is None or device.state.id is None:
         return
     path = links.device_path(device.state.id)
     deadline = time.monotonic() + _OPENER_PATIENCE_S
     while True:
-        use = user_of(path)
+        use = user_of(path, but)
         if use is None:
             return
         if not use.may_pass or time.monotonic() >= deadline:
             break
         time.sleep(_POLL_S)
     way_out = use.way_out
-    if _is_attached(device):
+    if but is None and _is_attached(device):
         way_out = f"`ublk-ubi spdk detach {device.name}` first"
     raise UbiError(
         f"device {device.name} is in use: {use.what}: {way_out}, or take the disk away with "
@@ -106,8 +109,11 @@ def _take_from_spdk(device: Device) -> None:
             spdk.detach(device, force=True, timeout_s=_SPDK_WAIT_S)
 
 
-def user_of(path: str) -> Use | None:
-    """Say who uses the block device at `path`: a mount, swap, a holder, processes, or nobody."""
+def user_of(path: str, but: int | None = None) -> Use | None:
+    """Say who uses the block device at `path`: a mount, swap, a holder, processes, or nobody.
+
+    A process `but` may, and may claim it; where it is not the one that does, nobody is named.
+    """
     try:
         status = os.stat(path)
     except OSError:
@@ -118,12 +124,14 @@ def user_of(path: str) -> Use | None:
     user = topology.user_of(node_of(status))
     if user is not None:
         return Use(user.what, user.way_out, may_pass=False)
-    openers = topology.openers(status.st_rdev)
+    openers = topology.openers(status.st_rdev, but)
+    if but is not None and openers == topology.openers(status.st_rdev):
+        return None
     if openers:
         more = len(openers) - _SHOWN_OPENERS
         shown = openers[:_SHOWN_OPENERS] + ([f"{more} more"] if more > 0 else [])
         return Use(f"{path} is open in {', '.join(shown)}", "close it first", may_pass=True)
-    if _is_claimed(path):
+    if but is None and _is_claimed(path):
         what = f"{path} is claimed exclusively, in another mount namespace perhaps"
         return Use(what, "end that first", may_pass=False)
     return None

@@ -335,11 +335,11 @@ class Topology(msgspec.Struct, frozen=True):
             if len(parts) > 5 and parts[1] == "FLOCK" and parts[5] == key
         ]
 
-    def openers(self, device: int) -> list[str]:
-        """Return the other processes that have a block device open."""
+    def openers(self, device: int, but: int | None = None) -> list[str]:
+        """Return the other processes that have a block device open, but one of that number."""
         found = []
         for folder in sorted(self.proc.iterdir()):
-            if not _PROC_NAME.fullmatch(folder.name) or folder.name == str(os.getpid()):
+            if not _PROC_NAME.fullmatch(folder.name) or int(folder.name) in (os.getpid(), but):
                 continue
             with contextlib.suppress(OSError):
                 links = (os.readlink(fd) for fd in (folder / "fd").iterdir())

@@ -295,8 +295,9 @@ class FakeTopology:
     def user_of(self, _node: object) -> User | None:
         return self.user
 
-    def openers(self, _device: int) -> list[str]:
-        return self.people.pop(0) if len(self.people) > 1 else self.people[0]
+    def openers(self, _device: int, but: int | None = None) -> list[str]:
+        found = self.people.pop(0) if len(self.people) > 1 else self.people[0]
+        return [one for one in found if not one.startswith(f"process {but} ")]
 
 
 @pytest.fixture
@@ -343,6 +344,18 @@ def test_dead_and_mounted(add, used) -> None:
     assert FakeControl.deleted == []
     remove(links.resolve("vm"), force=True)
     assert FakeControl.deleted == [0]
+
+
+def test_a_process_that_may_use_it(add, used) -> None:
+    device = add()
+    used.people = [["process 7 (vhost)"]]
+    removal.refuse_if_used(device, but=7)
+    used.people = [["process 7 (vhost)", "process 8 (dd)"]]
+    with pytest.raises(UbiError, match=r"open in process 8 \(dd\): close it first"):
+        removal.refuse_if_used(device, but=7)
+    # Where that is not the one which has it, who is left may be: nobody can tell.
+    used.people = [["process 8 (vhost)"]]
+    removal.refuse_if_used(device, but=7)
 
 
 def test_users_of_what_is_no_block_device() -> None:
