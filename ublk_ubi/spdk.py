@@ -16,6 +16,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket as sockets
+import struct
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
@@ -25,6 +27,8 @@ from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.recovery import options_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ublk_ubi.runtime import Device
 
 Kind = Literal["uring", "aio"]
@@ -131,15 +135,15 @@ def attach(device: Device, wanted: Attachment, timeout_s: float = TIMEOUT_S) -> 
     refuse_lossy(device, wanted.kind)
     if not device.alive or device.starting:
         raise UbiError(f"{device.name} is not live: see `ublk-ubi status {device.name}`")
-    made = _make_bdev(device, wanted, timeout_s)
-    try:
-        vhost_socket = _make_controller(wanted, timeout_s) if wanted.vhost is not None else None
-        _remember(device, wanted)
-    except BaseException:
+    with contextlib.ExitStack() as undo:
+        made = _make_bdev(device, wanted, timeout_s)
         if made:
-            with contextlib.suppress(UbiError):
-                _delete_bdev(wanted, timeout_s)
-        raise
+            undo.callback(_quietly, _delete_bdev, device, wanted, timeout_s)
+        vhost_socket = None
+        if wanted.vhost is not None:
+            vhost_socket = _make_controller(wanted, timeout_s, undo)
+        _remember(device, wanted)
+        undo.pop_all()
     return Attached(wanted.bdev, vhost_socket, made)
 
 
@@ -147,7 +151,8 @@ def detach(device: Device, *, force: bool = False, timeout_s: float = TIMEOUT_S)
     """Take controller and bdev away from SPDK; one that does not run has neither.
 
     A controller that `attach` did not make stays, and serves nothing any more. Raises UbiError: not
-    attached; busy while a VM is connected, without `force`, which takes its disk away.
+    attached; busy while a VM is connected, without `force`, which takes its disk away. What has
+    taken the name of one of them since, after SPDK restarted, is another's and stays.
     """
     found = attachment_of(device)
     if found is None:
@@ -157,7 +162,7 @@ def detach(device: Device, *, force: bool = False, timeout_s: float = TIMEOUT_S)
             _refuse_connected(found, timeout_s)
         if found.vhost is not None:
             _delete_controller(found, timeout_s)
-        _delete_bdev(found, timeout_s)
+        _delete_bdev(device, found, timeout_s)
     except rpc.NoAnswerError as error:
         if error.code == Exit.TIMED_OUT:
             raise
@@ -233,32 +238,40 @@ def _file_of_bdev(wanted: Attachment, timeout_s: float) -> str | None:
     return str(found.get("driver_specific", {}).get(wanted.kind, {}).get("filename", ""))
 
 
-def _make_controller(wanted: Attachment, timeout_s: float) -> str | None:
+def _make_controller(
+    wanted: Attachment, timeout_s: float, undo: contextlib.ExitStack,
+) -> str | None:
     """Make the controller unless it is there; the path of its socket."""
     assert wanted.vhost is not None
-    found = find_controller(wanted.socket, wanted.vhost, timeout_s)
-    if found is not None and _bdev_of(found) is None:
-        # Its bdev went, and it serves nothing any more. SPDK would hold the answer, and the wish,
-        # until its VM has left.
-        if found.get("sessions"):
-            raise UbiError(
-                f"a VM whose disk was taken away is still connected to {wanted.vhost} "
-                f"({found.get('socket')}): end it first, or give another --vhost",
-                Exit.BUSY,
-            )
-        call(wanted.socket, "vhost_delete_controller", {"ctrlr": wanted.vhost}, timeout_s)
-        found = None
+    found = live_controller(wanted.socket, wanted.vhost, timeout_s)
     if found is None:
         request = controller_call(wanted)
         call(wanted.socket, request["method"], request["params"], timeout_s)
+        undo.callback(_quietly, _delete_controller, wanted, timeout_s)
         found = find_controller(wanted.socket, wanted.vhost, timeout_s) or {}
-    elif _bdev_of(found) != wanted.bdev:
+    elif bdev_of(found) != wanted.bdev:
         raise UbiError(
-            f"SPDK at {wanted.socket} has a controller {wanted.vhost} of {_bdev_of(found)}, not of "
-            f"{wanted.bdev}: give another --vhost",
+            f"SPDK at {wanted.socket} has a controller {wanted.vhost} of "
+            f"{bdev_of(found) or 'another kind'}, not of {wanted.bdev}: give another --vhost",
             Exit.BUSY,
         )
     return found.get("socket")
+
+
+def live_controller(socket: str, name: str, timeout_s: float) -> dict[str, Any] | None:
+    """Look for a controller; one whose bdev went is deleted, and is none. Raises UbiError."""
+    found = find_controller(socket, name, timeout_s)
+    if found is None or bdev_of(found) is not None:
+        return found
+    # It serves nothing any more. SPDK would hold the answer, and the wish, until its VM has left.
+    if found.get("sessions"):
+        raise UbiError(
+            f"a VM whose disk was taken away is still connected to {name} "
+            f"({found.get('socket')}): end it first, or give another --vhost",
+            Exit.BUSY,
+        )
+    call(socket, "vhost_delete_controller", {"ctrlr": name}, timeout_s)
+    return None
 
 
 def find_controller(socket: str, name: str, timeout_s: float) -> dict[str, Any] | None:
@@ -274,9 +287,10 @@ def find_controller(socket: str, name: str, timeout_s: float) -> dict[str, Any] 
     return dict(found)
 
 
-def _bdev_of(controller: dict[str, Any]) -> str | None:
-    """Name what a controller serves; None when that went away."""
-    bdev = controller.get("backend_specific", {}).get("block", {}).get("bdev")
+def bdev_of(controller: dict[str, Any]) -> str | None:
+    """Name what a controller serves: None when that went away, "" if it is of another kind."""
+    block = controller.get("backend_specific", {}).get("block")
+    bdev = "" if block is None else block.get("bdev")
     return None if bdev is None else str(bdev)
 
 
@@ -299,23 +313,45 @@ def _controllers_of(found: Attachment, timeout_s: float) -> list[dict[str, Any]]
         if error.rpc_code == _NO_METHOD:
             return []
         raise
-    return [controller for controller in there if _bdev_of(controller) == found.bdev]
+    return [controller for controller in there if bdev_of(controller) == found.bdev]
 
 
 def _delete_controller(found: Attachment, timeout_s: float) -> None:
     """Delete it, but while a VM is connected: then SPDK keeps it, and what it serves goes."""
     assert found.vhost is not None
     controller = find_controller(found.socket, found.vhost, timeout_s)
-    if controller is not None and not controller.get("sessions"):
+    if controller is None or controller.get("sessions"):
+        return
+    if bdev_of(controller) in (None, found.bdev):
         call(found.socket, "vhost_delete_controller", {"ctrlr": found.vhost}, timeout_s)
 
 
-def _delete_bdev(found: Attachment, timeout_s: float) -> None:
+def _delete_bdev(device: Device, found: Attachment, timeout_s: float) -> None:
+    if _file_of_bdev(found, timeout_s) != links.link_path(device.name):
+        return
     try:
         call(found.socket, f"bdev_{found.kind}_delete", {"name": found.bdev}, timeout_s)
     except rpc.RpcError as error:
         if error.rpc_code != -errno.ENODEV:
             raise
+
+
+def _quietly(action: Callable[..., None], *arguments: Any) -> None:
+    with contextlib.suppress(UbiError):
+        action(*arguments)
+
+
+def process_of(path: str) -> int | None:
+    """Tell whose socket it is; None if nobody listens."""
+    with sockets.socket(sockets.AF_UNIX) as sock:
+        sock.settimeout(ASK_TIMEOUT_S)
+        try:
+            with rpc.short_path(path) as short:
+                sock.connect(short)
+            found = sock.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, 12)
+        except OSError:
+            return None
+    return struct.unpack("=3i", found)[0] or None
 
 
 # what is remembered --------------------------------------------------------------------------

@@ -174,6 +174,11 @@ def test_for_spdk(
     assert size_in_spdk() == 2 * MIB
     refused = ubi.command("del", "vm1")
     assert (refused.code, "`ublk-ubi spdk detach vm1` first" in refused.stderr) == (5, True)
+    # Refused, it was not even taken away from SPDK for a moment.
+    before = spdk.bdevs()["vm1"]["uuid"]
+    with open(node, "rb"):
+        assert served.refused("bdev_ubi_delete", name="vm1")[0] == -16
+    assert spdk.bdevs()["vm1"]["uuid"] == before
     old = served.call("bdev_ubi_status", name="vm1")["pid"]
     os.kill(old, 9)
     until(lambda: not os.path.exists(f"/proc/{old}"), "it is dead and buried", 60.0)

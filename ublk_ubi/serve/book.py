@@ -10,6 +10,7 @@ Any thread may call it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -135,7 +136,11 @@ class Book:
             if known is not None or base.name in self._making or _device(base.name) is not None:
                 raise refuse(errno.EEXIST, f"bdev {base.name} exists already", Exit.BUSY)
             self._told.bases[base.name] = base
-            self._write()
+            try:
+                self._write()
+            except UbiError:
+                del self._told.bases[base.name]
+                raise
 
     def drop_base(self, name: str) -> None:
         """Take a name back."""
@@ -173,8 +178,10 @@ class Book:
             base = self._base(params.base_bdev)
             disk = Disk(params=params, paths=(base.path, base.real), since=time.monotonic())
             device = _device(params.name)
-            if params.name in self._making or params.name in self._told.bases or (
-                device is not None and (device.alive or not _matches(device, disk))
+            anothers = device is not None and device.state is not None and not (
+                _matches(device, disk))
+            if params.name in self._making or params.name in self._told.bases or anothers or (
+                device is not None and device.alive
             ):
                 raise refuse(errno.EEXIST, f"bdev {params.name} exists already", Exit.BUSY)
             for name, other in self._told.disks.items():
@@ -187,8 +194,15 @@ class Book:
                 raise refuse(errno.EINVAL, f"bdev {base.name} is read-only: a base is written to")
             self._making.add(params.name)
             # Before the daemon is there: it may outlive us.
+            before = self._told.disks.get(params.name)
             self._told.disks[params.name] = disk
-            self._write()
+            try:
+                self._write()
+            except UbiError:
+                self._making.discard(params.name)
+                del self._told.disks[params.name]
+                self._told.disks |= {} if before is None else {params.name: before}
+                raise
         return base
 
     def end(self, name: str, *, made: bool, uuid: str | None = None) -> None:
@@ -203,7 +217,9 @@ class Book:
                     disk.paths = (disk.paths[0], device.state.base)
             else:
                 self._told.disks.pop(name, None)
-            self._write()
+            # What `begin` has written will do: the disk is there, or nobody finds it.
+            with contextlib.suppress(UbiError):
+                self._write()
 
     def adopt(self, params: UbiParams, base: Base) -> None:
         """Take a disk that runs for one that was created here."""

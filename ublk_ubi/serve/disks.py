@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import stat
+import time
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -23,7 +25,7 @@ from ublk_ubi.serve.book import Base, Book, Kind, UbiParams, refuse
 from ublk_ubi.watch import start_in_background
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ublk_ubi.runtime import Device
     from ublk_ubi.status import Status
@@ -32,6 +34,9 @@ BLOCK_SIZES = (512, 4096)
 RESIZE_TIMEOUT_S = 3600.0
 DELETE_TIMEOUT_S = removal.DEFAULT_TIMEOUT_S
 WAIT_INTERVAL_S = 0.5
+START_WAIT_S = 60.0
+START_POLL_S = 0.05
+MAKING = ("vhost_create_blk_controller", "vhost_create_scsi_controller")
 
 _ERRNO = {
     Exit.USAGE: errno.EINVAL,
@@ -126,9 +131,24 @@ class Disks:
     def create(self, params: UbiParams) -> str:
         """Make a disk, unless it is there already, on the same base. Raises RpcError."""
         self._complete(params)
-        if self._is_there(params):
-            return params.name
-        return self.make(params, self.begin(params))
+        self._let_start(params.name)
+        if not self._is_there(params):
+            return self.make(params, self.begin(params))
+        if self.spdk_socket is not None:
+            with _coded():
+                self.attach(params.name)
+        return params.name
+
+    def _let_start(self, name: str) -> None:
+        """Wait for a daemon that is starting already, of a server that was killed, a while."""
+        deadline, told = time.monotonic() + START_WAIT_S, False
+        while (device := runtime.find(runtime.check_name(name))) is not None and device.starting:
+            if not told:
+                self._report(f"{name}: its daemon is starting: waiting for it")
+            told = True
+            left = min(START_POLL_S, deadline - time.monotonic())
+            if left <= 0 or select.select([self._interrupt_fd], [], [], left)[0]:
+                return
 
     def begin(self, params: UbiParams) -> Base:
         """Take its name and base for a disk, without waiting: `make`, or the book's `end`, follows.
@@ -142,8 +162,13 @@ class Disks:
         params.image_path = os.path.abspath(params.image_path)
 
     def make(self, params: UbiParams, base: Base) -> str:
-        """Make a disk, and its bdev in SPDK if there is one; nothing of it stays if that fails."""
+        """Make a disk, and its bdev in SPDK if there is one; nothing of it stays if that fails.
+
+        One that waited for a daemon has one now, and stays: somebody may be using it.
+        """
         made, uuid = False, None
+        before = runtime.find(params.name)
+        waited = before is not None and before.state is not None
         try:
             adopted = self._start(params, base)
             made = True
@@ -151,10 +176,11 @@ class Disks:
                 self._report(f"{params.name}: adopted a disk of bdev_ubi's, {base.path}")
             if self.spdk_socket is not None:
                 try:
-                    self.attach(params)
+                    self.attach(params.name)
                 except BaseException:
-                    made = False
-                    self._remove(runtime.find(params.name))
+                    if not waited:
+                        made = False
+                        self._remove(runtime.find(params.name))
                     raise
             uuid = self._uuid(params.name)
         except UbiError as error:
@@ -171,23 +197,53 @@ class Disks:
             raise refuse(errno.ENODEV, f"no disk {name!r}", Exit.NO_DEVICE)
         try:
             found = spdk.attachment_of(device)
-            if found is not None and found.socket == self.spdk_socket:
-                spdk.detach(device, force=True)
-            removal.remove_device(device, force=False, timeout_s=DELETE_TIMEOUT_S)
+            if found is None or found.socket != self.spdk_socket:
+                removal.remove_device(device, force=False, timeout_s=DELETE_TIMEOUT_S)
+            else:
+                self._delete_attached(device, found)
         except UbiError as error:
             raise coded(error, errno.EIO) from None
         self.book.forget(name)
         self._report(f"{name}: deleted")
         return True
 
-    def attach(self, params: UbiParams) -> None:
-        """Have SPDK make the bdev of a disk; one that flushes, where that is needed."""
+    def _delete_attached(self, device: Device, found: spdk.Attachment) -> None:
+        """Take a disk away from SPDK, then away; one that stays is SPDK's again."""
+        process = spdk.process_of(found.socket)
+        if process is not None:
+            removal.refuse_if_used(device, but=process)
+        spdk.detach(device, force=True)
+        try:
+            removal.remove_device(device, force=False, timeout_s=DELETE_TIMEOUT_S)
+        except UbiError:
+            with contextlib.suppress(UbiError):
+                spdk.attach(device, found)
+                for call in self.book.controllers():
+                    if call["params"].get("dev_name") == found.bdev:
+                        self._make_controller(call)
+            raise
+
+    def attach(self, name: str) -> None:
+        """Have SPDK make the bdev of a disk: as it was, or one that flushes where that is needed.
+
+        Raises UbiError; busy when another SPDK has it.
+        """
         assert self.spdk_socket is not None
-        device = links.resolve(params.name)
-        kind: Kind = "aio" if params.cache_mode == "writeback" else "uring"
-        spdk.attach(device, spdk.Attachment(
-            socket=self.spdk_socket, bdev=params.name, kind=kind,
-        ))
+        device = links.resolve(name)
+        wanted = spdk.attachment_of(device)
+        if wanted is not None and wanted.socket != self.spdk_socket:
+            there = spdk.look(device)
+            if there is not None and there.problem is None:
+                raise UbiError(
+                    f"{name} is attached to SPDK at {wanted.socket}, not at {self.spdk_socket}: "
+                    f"`ublk-ubi spdk detach {name}` first", Exit.BUSY,
+                )
+            wanted = None
+        if wanted is None:
+            writeback = recovery.options_of(device).cache == "writeback"
+            kind: spdk.Kind = "aio" if writeback else "uring"
+            wanted = spdk.Attachment(socket=self.spdk_socket, bdev=name, kind=kind)
+        spdk.attach(device, wanted)
 
     def _start(self, params: UbiParams, base: Base) -> bool:
         """Start the daemon; whether it took over a disk that bdev_ubi made."""
@@ -300,49 +356,97 @@ class Disks:
     # SPDK ------------------------------------------------------------------------------------
 
     def forward(self, method: str, params: dict[str, Any], *, found_ok: bool = False) -> Any:
-        """Pass a vhost call on to SPDK, and remember what it made. Raises SPDK's own error."""
+        """Pass a vhost call on to SPDK, and remember what it made. Raises SPDK's own error.
+
+        `found_ok`: a controller that is there already, of the same disk, will do.
+        """
         assert self.spdk_socket is not None
         name = params.get("ctrlr")
-        makes = method in ("vhost_create_blk_controller", "vhost_create_scsi_controller")
+        makes = method in MAKING and isinstance(name, str)
+        call = {"method": method, "params": params}
         with _coded():
-            if makes and found_ok and isinstance(name, str) and self._has_controller(name):
-                self._report(f"{name}: SPDK has it already")
+            if makes and found_ok:
                 result: Any = True
+                if not self._make_controller(call):
+                    self._report(f"{name}: SPDK has it already")
             else:
                 result = spdk.call(self.spdk_socket, method, params)
-        if makes and isinstance(name, str):
-            self.book.add_controller(name, {"method": method, "params": params})
+        if makes:
+            self.book.add_controller(str(name), call)
         elif method == "vhost_delete_controller" and isinstance(name, str):
             self.book.drop_controller(name)
         return result
 
-    def _has_controller(self, name: str) -> bool:
+    def has_controller(self, name: str) -> bool:
+        """Tell whether SPDK has a controller that serves something. Raises RpcError."""
         assert self.spdk_socket is not None
-        found = spdk.find_controller(self.spdk_socket, name, spdk.ASK_TIMEOUT_S)
-        return found is not None and bool(
-            found.get("backend_specific", {}).get("block", {}).get("bdev")
-            or "scsi" in found.get("backend_specific", {}),
-        )
+        with _coded():
+            found = spdk.find_controller(self.spdk_socket, name, spdk.ASK_TIMEOUT_S)
+        return found is not None and spdk.bdev_of(found) is not None
 
-    def attach_again(self) -> None:
-        """Give SPDK what it had before it restarted. Errors are told, and hold up nothing."""
+    def take_controller(self, name: str) -> None:
+        """Take back one that was just made. Raises RpcError: busy while a VM is connected."""
         assert self.spdk_socket is not None
+        with _coded():
+            found = spdk.find_controller(self.spdk_socket, name, spdk.ASK_TIMEOUT_S)
+            if found is not None and found.get("sessions"):
+                raise UbiError(f"a VM is connected to {found.get('socket')}", Exit.BUSY)
+        if found is not None:
+            self.forward("vhost_delete_controller", {"ctrlr": name})
+
+    def _make_controller(self, call: dict[str, Any]) -> bool:
+        """Have SPDK make a controller unless it is there; whether it was made. Raises UbiError."""
+        assert self.spdk_socket is not None
+        name, wanted = call["params"]["ctrlr"], call["params"].get("dev_name", "")
+        found = spdk.live_controller(self.spdk_socket, name, spdk.ASK_TIMEOUT_S)
+        if found is None:
+            spdk.call(self.spdk_socket, call["method"], call["params"])
+            return True
+        served = spdk.bdev_of(found)
+        # Of bdevs that are SPDK's alone, another word may be an alias.
+        if served != wanted and (not served or not wanted or self.has(str(wanted))):
+            raise UbiError(
+                f"SPDK has a controller {name} of {served or 'another kind'}, not of "
+                f"{wanted or 'SCSI'}: delete it there first", Exit.BUSY,
+            )
+        return False
+
+    def attach_again(self, told: set[str], only: set[str] | None = None) -> set[str]:
+        """Give SPDK what it had before it restarted: what of that failed, for another try.
+
+        `only` names what is to be tried. Errors are reported, unless in `told`, where they go.
+        """
+        failed = set()
+        for what, again in self._had():
+            if only is not None and what not in only:
+                continue
+            try:
+                words = again()
+            except UbiError as error:
+                failed.add(what)
+                words = error.message
+            line = f"{what}: {words.removeprefix(f'{what} ')}"
+            if words and line not in told:
+                self._report(line)
+            told |= {line} if what in failed else set()
+        return failed
+
+    def _had(self) -> Iterator[tuple[str, Callable[[], str]]]:
+        """Yield what SPDK had, and what has it made again and gives the words for that, if any."""
         for device in runtime.all_devices():
-            try:
+            def bdev(device: Device = device) -> str:
                 found = spdk.attachment_of(device)
-                ours = found is not None and found.socket == self.spdk_socket and device.alive
-                if found is not None and ours and spdk.attach(device, found).made:
-                    self._report(f"{device.name}: SPDK has its bdev again")
-            except UbiError as error:
-                self._report(f"{device.name}: {error.message}")
+                ours = found is not None and found.socket == self.spdk_socket
+                made = found is not None and ours and spdk.attach(device, found).made
+                return "SPDK has its bdev again" if made else ""
+
+            yield device.name, bdev
         for call in self.book.controllers():
-            name = call["params"]["ctrlr"]
-            try:
-                if not self._has_controller(name):
-                    spdk.call(self.spdk_socket, call["method"], call["params"])
-                    self._report(f"{name}: SPDK has this controller again")
-            except UbiError as error:
-                self._report(f"{name}: {error.message}")
+            def controller(call: dict[str, Any] = call) -> str:
+                made = self._make_controller(call)
+                return "SPDK has this controller again" if made else ""
+
+            yield str(call["params"]["ctrlr"]), controller
 
 
 @contextlib.contextmanager

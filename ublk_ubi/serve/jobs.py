@@ -143,6 +143,11 @@ class Jobs:
         os.eventfd_write(self.interrupt_fd, 1)
 
     @property
+    def ending(self) -> bool:
+        """Whether `interrupt` has been called."""
+        return self._interrupted
+
+    @property
     def making(self) -> int:
         """Count what is under way, or about to be, that makes or ends disks."""
         return self._lanes["make"].work

@@ -1,7 +1,8 @@
 """Gives SPDK its bdevs and controllers again after it restarted: it keeps nothing by itself.
 
 A connection to SPDK's socket that does nothing tells when SPDK ends; another one that can be made,
-that it is back. On a thread of its own; SPDK that is not there holds up nobody.
+that it is back. What cannot be given to it yet, as a disk whose daemon is dead, it gets when that
+can be had. On a thread of its own; SPDK that is not there holds up nobody.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ublk_ubi.serve.disks import Disks
 
 RETRY_S = 0.5
+AGAIN_S = 2.0
 
 
 class Keeper:
@@ -36,25 +38,35 @@ class Keeper:
 
     def _run(self) -> None:
         pause = threading.Event()
-        told = False
+        waits = False
         while True:
             sock = self._connect()
             if sock is None:
-                if not told:
+                if not waits:
                     self._report(f"SPDK at {self._path} is not there: waiting for it")
-                told = True
+                waits = True
                 pause.wait(RETRY_S)
                 continue
             with sock:
                 self._report(f"SPDK at {self._path} is there")
-                self._disks.attach_again()
+                told: set[str] = set()
+                missing = self._disks.attach_again(told)
                 self.found.set()
+                sock.settimeout(AGAIN_S)
                 with contextlib.suppress(OSError):
-                    while sock.recv(1):
-                        pass
+                    while self._is_there(sock):
+                        if missing:
+                            missing = self._disks.attach_again(told, missing)
                 self.found.clear()
             self._report(f"SPDK at {self._path} has ended")
-            told = False
+            waits = False
+
+    def _is_there(self, sock: socket.socket) -> bool:
+        """Wait a while for SPDK's end; whether it has not come. Raises OSError when it has."""
+        try:
+            return bool(sock.recv(1))
+        except TimeoutError:
+            return True
 
     def _connect(self) -> socket.socket | None:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)

@@ -4,6 +4,7 @@
 
 Calls are done in order, bdev_ubi_create's side by side where they follow one another. The first
 that fails ends it, and what was made for it is taken away again: a configuration is there, or not.
+When the server is asked to end meanwhile, what is there stays: the next one goes on with it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from ublk_ubi.serve.methods import IGNORED, VHOST
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ublk_ubi.serve.disks import Disks
     from ublk_ubi.serve.jobs import Jobs
     from ublk_ubi.serve.methods import Methods
 
@@ -64,6 +64,13 @@ def read(path: str, *, with_spdk: bool, report: Callable[[str], None]) -> list[C
         ) from None
     calls = []
     for call in _calls(path, file):
+        if call.method == CREATES[-1] and isinstance(call.params, dict) and (
+            call.params.get("format")
+        ):
+            raise UbiError(
+                f"{call.where}: format would make the disk anew at every boot: give it once, by a "
+                "call to the socket", Exit.USAGE,
+            )
         if call.method in CREATES or (with_spdk and VHOST.fullmatch(call.method)):
             calls.append(call)
         elif VHOST.fullmatch(call.method):
@@ -106,29 +113,33 @@ class Loader:
     """Does the calls, on a thread of its own; `done` hears there how it went."""
 
     def __init__(
-        self, calls: list[Call], methods: Methods, disks: Disks, jobs: Jobs,
+        self, calls: list[Call], methods: Methods, jobs: Jobs,
         done: Callable[[UbiError | None], None],
     ) -> None:
         self._calls = calls
         self._methods = methods
-        self._disks = disks
         self._jobs = jobs
         self._done = done
         self._lock = threading.Lock()
         self._failed: UbiError | None = None
-        self._made: list[tuple[str, str]] = []
+        self._made: list[tuple[str, Callable[[], object]]] = []
+        self.busy = False
+        """Begun, and not done; what it has made may be being taken back."""
 
     def start(self) -> None:
         """Begin."""
+        self.busy = True
         threading.Thread(target=self._run, name="load", daemon=True).start()
 
     def _run(self) -> None:
         for group in _groups(self._calls):
             self._do_at_once(group)
             if self._failed is not None:
-                self._take_back()
+                if not self._jobs.ending:
+                    self._take_back()
                 break
         self._done(self._failed)
+        self.busy = False
 
     def _do_at_once(self, calls: list[Call]) -> None:
         """Do calls side by side, as far as there are threads; return when all are done."""
@@ -150,20 +161,15 @@ class Loader:
     def _do(self, call: Call) -> None:
         if self._failed is not None:
             return
-        name = call.params.get("name") if isinstance(call.params, dict) else None
-        was_there = isinstance(name, str) and self._disks.has(name)
-        self._methods.configure(call.method, call.params)
-        if call.method in CREATES and not was_there:
+        made = self._methods.configure(call.method, call.params)
+        if made is not None:
             with self._lock:
-                self._made.append((call.method, str(name)))
+                self._made.append(made)
 
     def _take_back(self) -> None:
-        for method, name in reversed(self._made):
+        for name, take_back in reversed(self._made):
             try:
-                if method == "bdev_ubi_create":
-                    self._disks.delete(name)
-                else:
-                    self._disks.book.drop_base(name)
+                take_back()
             except UbiError as error:
                 assert self._failed is not None
                 self._failed = UbiError(

@@ -21,7 +21,7 @@ from ublk_ubi.rpc import RpcError
 from ublk_ubi.rpc_server import INVALID_PARAMS, Deferred, NoParams
 from ublk_ubi.serve import bdevs
 from ublk_ubi.serve.book import UbiParams, refuse
-from ublk_ubi.serve.disks import AioParams, Disks, UringParams, coded
+from ublk_ubi.serve.disks import MAKING, AioParams, Disks, UringParams, coded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +34,9 @@ VHOST_METHODS = (
     "vhost_scsi_controller_add_target", "vhost_scsi_controller_remove_target",
     "vhost_get_controllers", "vhost_delete_controller", "vhost_controller_set_coalescing",
 )
+BASES: dict[str, type[AioParams | UringParams]] = {
+    "bdev_aio_create": AioParams, "bdev_uring_create": UringParams,
+}
 MAX_TIMEOUT_MS = 86_400_000
 POLL_S = 0.05
 MOST_AWAITED = 128
@@ -176,18 +179,28 @@ class Methods:
 
     # what a configuration may call, on the caller's thread: see loading.py ---------------------
 
-    def configure(self, name: str, params: object) -> None:
-        """Do a call of a configuration; what is there already will do. Raises UbiError."""
+    def configure(self, name: str, params: object) -> tuple[str, Callable[[], object]] | None:
+        """Do a call of a configuration; what is there already will do. Raises UbiError.
+
+        Returns the name of what was made, and what takes it back; None if nothing was.
+        """
+        disks = self._disks
         try:
-            if name == "bdev_aio_create":
-                self._disks.create_base(msgspec.convert(params, AioParams), found_ok=True)
-            elif name == "bdev_uring_create":
-                self._disks.create_base(msgspec.convert(params, UringParams), found_ok=True)
-            elif name == "bdev_ubi_create":
-                self._disks.create(msgspec.convert(params, UbiParams))
-            else:
-                given = msgspec.convert(params, dict[str, Any])
-                self._disks.forward(name, given, found_ok=True)
+            if name == "bdev_ubi_create":
+                disk = msgspec.convert(params, UbiParams)
+                was_there = disks.has(disk.name)
+                disks.create(disk)
+                return None if was_there else (disk.name, lambda: disks.delete(disk.name))
+            if name in BASES:
+                base = msgspec.convert(params, BASES[name])
+                was_there = disks.has(base.name)
+                disks.create_base(base, found_ok=True)
+                return None if was_there else (base.name, lambda: disks.book.drop_base(base.name))
+            given = msgspec.convert(params, dict[str, Any])
+            ctrlr = str(given.get("ctrlr"))
+            was_there = name not in MAKING or disks.has_controller(ctrlr)
+            disks.forward(name, given, found_ok=True)
+            return None if was_there else (ctrlr, lambda: disks.take_controller(ctrlr))
         except msgspec.ValidationError as error:
             raise UbiError(f"{name}: {error}", Exit.USAGE) from None
 

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from ublk_ubi import launch, runtime, structs
 from ublk_ubi.errors import Exit, UbiError
@@ -28,6 +29,9 @@ from ublk_ubi.serve.jobs import Jobs
 from ublk_ubi.serve.keeper import Keeper
 from ublk_ubi.serve.methods import Methods
 from ublk_ubi.signals import ENDING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LIMITS = Limits(request=256 << 10, clients=256, owed=128, waiting=192, batch=256, idle=True)
 END_S = 15.0
@@ -85,10 +89,10 @@ class Serve:
         self._patience.enter_context(self._manager.patience())
         if self._keeper is not None:
             self._keeper.start()
-        loader = loading.Loader(calls, self._methods, self._disks, self._jobs, self._on_loaded)
+        loader = loading.Loader(calls, self._methods, self._jobs, self._on_loaded)
         self._jobs.put("wait", self._wait_for_spdk, lambda *_: loader.start())
         try:
-            self._loop()
+            self._loop(lambda: bool(self._jobs.making) or loader.busy)
         finally:
             self._server.close(linger_s=LINGER_S)
         log("ended; the disks go on")
@@ -96,8 +100,8 @@ class Serve:
             raise self._problem
         return Exit.OK
 
-    def _loop(self) -> None:
-        while self._end_at is None or (self._jobs.making and time.monotonic() < self._end_at):
+    def _loop(self, is_busy: Callable[[], bool]) -> None:
+        while self._end_at is None or (is_busy() and time.monotonic() < self._end_at):
             waits = [self._server.tick(), self._methods.tick(), self._sweep()]
             if self._end_at is not None:
                 waits.append(0.1)
@@ -115,10 +119,12 @@ class Serve:
     def _on_loaded(self, error: UbiError | None) -> None:
         """Go on, or end if the configuration cannot be had; on the loader's thread."""
         def act() -> None:
+            if self._end_at is not None:
+                return  # it was asked to end meanwhile
             if error is not None:
                 self._problem = error
                 self._stop()
-            elif self._end_at is None:
+            else:
                 self._methods.initialized()
                 log("ready")
                 self._patience.close()

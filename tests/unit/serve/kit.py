@@ -83,7 +83,7 @@ class Served:
     def start(self, *arguments: str, **environment: str) -> Served:
         """Start it, and wait until it is ready."""
         self.begin(*arguments, **environment)
-        until(lambda: "ready" in self.log or self.ended, "serve is ready")
+        until(lambda: self.ready or self.ended, "serve is ready")
         assert not self.ended, f"exit code {self.process and self.process.returncode}: {self.log}"
         return self
 
@@ -91,6 +91,11 @@ class Served:
     def log(self) -> str:
         """What it has said since it was started."""
         return self._log.read_text()[self._from :] if self._log.exists() else ""
+
+    @property
+    def ready(self) -> bool:
+        """Whether its configuration has been loaded."""
+        return " ready\n" in self.log
 
     @property
     def pid(self) -> int:

@@ -133,6 +133,23 @@ def test_killed_amid_a_create(served: Served) -> None:
     assert served.rpc_py("save_config").count("bdev_ubi_create") == 1
 
 
+def test_a_daemon_that_is_starting_is_waited_for(served: Served) -> None:
+    """Of a server that was killed amid the same configuration."""
+    config = subsystems(
+        call("bdev_aio_create", name="aio0", filename=served.base("vm")),
+        call("bdev_ubi_create", name="vm", base_bdev="aio0", stripe_size_kb=64,
+             image_path=f"{served.folder}/normal"),
+    )
+    (served.folder / "conf.json").write_text(json.dumps(config))
+    claim = runtime.claim("vm")
+    served.begin("--json", "conf.json")
+    until(lambda: "vm: its daemon is starting: waiting for it" in served.log or served.ended,
+          "it waits")
+    claim.release()
+    until(lambda: served.ready or served.ended, "it is ready")
+    assert served.names() == ["aio0", "vm"]
+
+
 def test_a_disk_that_was_deleted_by_hand_is_forgotten(served: Served) -> None:
     served.start()
     served.call("bdev_ubi_create", **served.disk())
@@ -183,6 +200,8 @@ def test_a_configuration_that_fails_leaves_nothing(served: Served) -> None:
     ('{"subsystems": [{"subsystem": "bdev", "config": [{}]}]}', "missing required field `method`"),
     (json.dumps(subsystems(call("bdev_ubi_creat"))),
      "bdev call 1: unknown method 'bdev_ubi_creat': use bdev_aio_create"),
+    (json.dumps(subsystems(call("bdev_ubi_create", name="x", format=True))),
+     "bdev call 1: format would make the disk anew at every boot"),
     (None, "No such file"),
 ])
 def test_files_that_are_no_configuration(tmp_path: Path, content: str | None, words: str) -> None:
@@ -353,6 +372,40 @@ def test_asked_to_end_amid_a_create(served: Served, number: int) -> None:
     assert list(daemons()) == ["stays"]
     (served.folder / "ubi0.base.go").touch()
     assert served.start().call("bdev_ubi_create", **disk) == "ubi0"
+
+
+def test_asked_to_end_amid_a_configuration(served: Served) -> None:
+    """What it has made stays, and the next one goes on with that."""
+    disks = [call("bdev_ubi_create", name=name, base_bdev=f"on-{name}", stripe_size_kb=64,
+                  image_path=f"{served.folder}/{kind}")
+             for name, kind in (("vm0", "normal"), ("vm1", "late"))]
+    bases = [call("bdev_aio_create", name=f"on-{name}", filename=served.base(name))
+             for name in ("vm0", "vm1")]
+    (served.folder / "conf.json").write_text(json.dumps(subsystems(*bases, *disks)))
+    served.begin("--json", "conf.json")
+    until(lambda: "vm0: created" in served.log, "the first is there")
+    before = daemons()["vm0"]
+    assert served.stop() == 0
+    assert daemons() == {"vm0": before}
+    (served.folder / "vm1.base.go").touch()
+    served.start("--json", "conf.json")
+    assert daemons()["vm0"] == before
+    assert served.names() == ["on-vm0", "on-vm1", "vm0", "vm1"]
+
+
+def test_what_failed_is_in_nobody_s_way(served: Served) -> None:
+    served.start()
+    disk = served.disk()
+    # Its record cannot be written.
+    (served.folder / "run/.serve.json.tmp").mkdir()
+    assert "cannot be written" in served.refused("bdev_ubi_create", **disk)[1]
+    assert "cannot be written" in served.refused("bdev_aio_create", name="more",
+                                                 filename=served.base("more"))[1]
+    (served.folder / "run/.serve.json.tmp").rmdir()
+    assert served.names() == ["on-ubi0"]
+    # A daemon died before it had a disk.
+    (served.folder / "run/ubi0").mkdir(0o700)
+    assert served.call("bdev_ubi_create", **disk) == "ubi0"
 
 
 def test_daemons_that_end_are_buried(served: Served) -> None:

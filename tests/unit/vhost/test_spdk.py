@@ -15,12 +15,13 @@ from unit.serve.kit import GIB, until
 
 from ublk_ubi import links, runtime
 from ublk_ubi import spdk as under_spdk
-from ublk_ubi.errors import Exit
+from ublk_ubi.errors import Exit, UbiError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    import pytest
     from spdkpeer import Spdk
 
     from ublk_ubi.runtime import Device
@@ -224,6 +225,41 @@ def test_what_is_in_the_way(add: Add, spdk: Spdk, tmp_path: Path) -> None:
     assert f"has a bdev vm1 of {tmp_path / 'other'}, not a uring bdev of" in found.err
 
 
+def test_what_has_taken_its_name_stays(add: Add, spdk: Spdk, tmp_path: Path) -> None:
+    """After SPDK restarted, bdev and controller of these names are another disk's."""
+    with open(tmp_path / "other", "wb") as file:
+        file.truncate(GIB)
+    device = add()
+    attach(spdk, "vm1", "--vhost", "vhost.0")
+    spdk.kill()
+    spdk.start()
+    for name in ("vm1", "other"):
+        spdk.call("bdev_uring_create", name=name, filename=str(tmp_path / "other"), block_size=512)
+    spdk.call("vhost_create_blk_controller", ctrlr="vhost.0", dev_name="other")
+    assert inline("spdk", "detach", "vm1").code == 0
+    assert set(spdk.bdevs()) == {"vm1", "other"}
+    assert set(spdk.controllers()) == {"vhost.0"}
+    assert under_spdk.attachment_of(device) is None
+
+
+def test_an_attachment_that_cannot_be_noted_is_none(
+    add: Add, spdk: Spdk, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: object) -> None:
+        raise UbiError("no room")
+
+    add()
+    monkeypatch.setattr(under_spdk, "_remember", fails)
+    assert "no room" in refused("spdk", "attach", "vm1", "--socket", spdk.socket, "--vhost", "v")
+    assert (spdk.bdevs(), spdk.controllers()) == ({}, {})
+
+
+def test_whose_socket_it_is(spdk: Spdk, tmp_path: Path) -> None:
+    assert spdk.process is not None
+    assert under_spdk.process_of(spdk.socket) == spdk.process.pid
+    assert under_spdk.process_of(str(tmp_path / "nope")) is None
+
+
 def test_no_spdk(add: Add, tmp_path: Path, spdk: Spdk) -> None:
     device = add()
     words = refused("spdk", "attach", "vm1", "--socket", str(tmp_path / "nope"))
@@ -363,10 +399,71 @@ def test_a_disk_grows_while_spdk_is_away(served: Any, spdk: Spdk) -> None:
     assert bdev["num_blocks"] * bdev["block_size"] == 6 * GIB
 
 
+def test_a_configuration_is_loaded_again(served: Any, spdk: Spdk) -> None:
+    """By a server that ended, or had no SPDK; what SPDK has kept of a disk that went is no bar."""
+    config = configuration(served)
+    served.start("--json", config)
+    assert spdk.bdevs() == {}
+    assert served.stop() == 0
+    served.start("--json", config, "--spdk", spdk.socket)
+    assert "ubi0: runs already" in served.log
+    assert spdk.controllers()["vhost.0"]["backend_specific"]["block"]["bdev"] == "ubi0"
+    assert served.call("bdev_ubi_delete", name="ubi0") is True
+    assert spdk.controllers()["vhost.0"]["backend_specific"]["block"]["bdev"] is None
+    assert served.stop() == 0
+    served.start("--json", config, "--spdk", spdk.socket)
+    assert spdk.controllers()["vhost.0"]["backend_specific"]["block"]["bdev"] == "ubi0"
+
+
+def test_a_configuration_that_fails_leaves_nothing_in_spdk(served: Any, spdk: Spdk) -> None:
+    with open(served.folder / "other", "wb") as file:
+        file.truncate(GIB)
+    spdk.call("bdev_aio_create", name="theirs", filename=str(served.folder / "other"),
+              block_size=512)
+    spdk.call("vhost_create_blk_controller", ctrlr="vhost.1", dev_name="theirs")
+    config = json.loads((served.folder / configuration(served)).read_text())
+    config["subsystems"][1]["config"].append(
+        {"method": "vhost_create_blk_controller", "params": {"ctrlr": "vhost.1",
+                                                             "dev_name": "ubi0"}})
+    (served.folder / "spdk_conf.json").write_text(json.dumps(config))
+    served.begin("--json", "spdk_conf.json", "--spdk", spdk.socket)
+    code, words = served.outcome()
+    assert (code, "SPDK has a controller vhost.1 of theirs, not of ubi0" in words) == (5, True)
+    assert (set(spdk.bdevs()), set(spdk.controllers())) == ({"theirs"}, {"vhost.1"})
+    assert runtime.all_devices() == []
+
+
+def test_a_disk_that_is_refused_to_be_deleted_stays_in_spdk(served: Any, spdk: Spdk) -> None:
+    served.start("--spdk", spdk.socket)
+    served.call("bdev_ubi_create", **served.disk("busy"))
+    served.call("vhost_create_blk_controller", ctrlr="vhost.0", dev_name="ubi0")
+    assert served.refused("bdev_ubi_delete", name="ubi0")[0] == -16
+    assert set(spdk.bdevs()) == {"ubi0"}
+    assert spdk.controllers()["vhost.0"]["backend_specific"]["block"]["bdev"] == "ubi0"
+    assert inline("spdk", "status", "ubi0").code == 0
+
+
+def test_a_dead_disk_is_given_to_spdk_when_it_lives(served: Any, spdk: Spdk) -> None:
+    served.start("--spdk", spdk.socket)
+    served.call("bdev_ubi_create", **served.disk())
+    served.call("vhost_create_blk_controller", ctrlr="vhost.0", dev_name="ubi0")
+    spdk.kill()
+    until(lambda: "has ended" in served.log, "that SPDK has ended is seen")
+    device = runtime.find("ubi0")
+    assert device is not None and device.pid is not None
+    os.kill(device.pid, signal.SIGKILL)
+    spdk.start()
+    until(lambda: "ubi0: is not live" in served.log, "that it cannot be had is told")
+    served.call("bdev_ubi_recover", name="ubi0")
+    until(lambda: "SPDK has this controller again" in served.log, "SPDK has it again")
+    assert spdk.controllers()["vhost.0"]["backend_specific"]["block"]["bdev"] == "ubi0"
+    assert served.log.count("is not live") == 1
+
+
 def test_spdk_may_come_later(served: Any, spdk: Spdk) -> None:
     spdk.kill()
     served.begin("--json", configuration(served), "--spdk", spdk.socket)
     until(lambda: "is not there: waiting for it" in served.log, "it waits")
     spdk.start()
-    until(lambda: "ready" in served.log, "it is ready")
+    until(lambda: served.ready, "it is ready")
     assert set(spdk.controllers()) == {"vhost.0"}
