@@ -71,7 +71,7 @@ def recover(
     runtime.clear_trouble(device)
     if systemd.is_restarted(device):
         systemd.start(device)
-        return _as_ready(device)
+        return _as_ready(systemd.refresh(device))
     return start_daemon(options, notice, recover=True, interrupt_fd=interrupt_fd)
 
 
@@ -102,7 +102,7 @@ def upgrade(
 ) -> tuple[Ready, float | None]:
     """Move a disk to a daemon of this version; also how long its requests waited, in seconds.
 
-    None when its unit did that: systemd does not say.
+    None when the daemon before did not tell when it left, as one of an older version does.
 
     Raises UbiError: before anything is touched when this version cannot go on where that one is,
     or when the new daemon did not come up, and what became of the old one.
@@ -114,13 +114,19 @@ def upgrade(
     assert device.state is not None
     if systemd.is_restarted(device) and systemd.own_unit() != device.state.unit:
         systemd.reload(device)
-        return _as_ready(device), None
+        now = systemd.refresh(device)
+        return _as_ready(now), now.state.waited_s if now.state is not None else None
     left_at = 0.0
 
     def leave() -> None:
         nonlocal left_at
         left_at = time.monotonic()
-        rpc.call(device.socket, "leave", {"upgrader": os.getpid()}, LEAVE_TIMEOUT_S)
+        try:
+            rpc.call(device.socket, "leave", {"upgrader": os.getpid()}, LEAVE_TIMEOUT_S)
+        except UbiError as error:
+            if error.code == Exit.BUSY:
+                left_at = 0.0  # it refuses, and serves on
+            raise
 
     try:
         ready = start_daemon(
@@ -133,9 +139,8 @@ def upgrade(
     return ready, time.monotonic() - left_at
 
 
-def _as_ready(device: Device) -> Ready:
+def _as_ready(now: Device) -> Ready:
     """Describe a disk whose daemon systemd has started."""
-    now = systemd.refresh(device)
     assert now.state is not None
     return Ready(
         ok=True, name=now.name, device=now.state.device or "", link=now.state.link or "",

@@ -26,6 +26,7 @@ import os
 import re
 import stat
 import struct
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -57,6 +58,8 @@ class State(msgspec.Struct, kw_only=True, omit_defaults=True):
     id: int | None = None
     recoverable: bool = False  # the disk stays when its daemon dies, and waits for the next
     left: bool = False  # … and it has left on purpose: nobody is to bring it back unasked
+    left_at: float | None = None  # when it began to leave, in seconds of the monotonic clock
+    waited_s: float | None = None  # how long requests waited since then, for this daemon
     unit: str | None = None  # systemd's service that starts its daemon again, if it is of one
     cookie: int | None = None  # ADD_DEV's server_flags, random: proves that a device `id` is ours
     device: str | None = None
@@ -105,15 +108,24 @@ class Claim:
         self.dir_fd = dir_fd
         self.lock_fd = lock_fd
         self._root_fd = root_fd
+        self._waited_s: float | None = None
         self.previous: State | None = None
         with contextlib.suppress(UbiError):
             self.previous = _read_state(dir_fd, self.folder)
 
-    def write_state(self, state: State) -> State:
-        """Replace state.json in one step, with this process's name and pid filled in."""
-        pid = os.getpid()
+    def write_state(self, state: State, *, left: bool | None = None) -> State:
+        """Replace state.json in one step, with this process's name and pid filled in.
+
+        `left`: the daemon leaves the disk from now on, on purpose or not.
+        """
+        pid, now = os.getpid(), time.monotonic()
+        before = self.previous
+        if self._waited_s is None and before is not None and before.left_at is not None:
+            self._waited_s = now - before.left_at if before.cookie == state.cookie else None
         full = msgspec.structs.replace(
             state, name=self.name, pid=pid, pid_start=process_start(pid) or 0,
+            left=state.left if left is None else left, left_at=None if left is None else now,
+            waited_s=self._waited_s,
         )
         self._record("state.json", msgspec.json.encode(full) + b"\n")
         return full

@@ -469,7 +469,7 @@ class Session(TableHost):
         else is as if this process were killed, which costs nothing (docs/durability.md).
         """
         self.upkeep.stop()
-        self.claim.write_state(msgspec.structs.replace(self._state(live=True), left=on_purpose))
+        self.claim.write_state(self._state(live=True), left=on_purpose)
         self.plane.leave()
         deadline = time.monotonic() + DRAIN_S
         while not self._queues_stopped() and time.monotonic() < deadline:

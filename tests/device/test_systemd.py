@@ -61,6 +61,9 @@ def test_a_host_that_goes_down_and_comes_back(host: Host) -> None:
     host.boot()
     assert host.facts(UNIT)["ActiveState"] == "active"
     assert host.status(NAME)["degraded"] is None
+    (upgraded,) = json.loads(host.ubi("upgrade", NAME, "--json").stdout)["upgraded"]
+    assert upgraded["pid"] == int(host.facts(UNIT)["MainPID"])
+    assert 0 < upgraded["pause_s"] < 10
     host.do("mount", LINK, mounted)
     assert host.do("cat", f"{mounted}/file") == "kept\n"
     host.do("umount", mounted)

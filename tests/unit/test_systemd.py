@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -189,6 +190,37 @@ def test_recover_starts_the_unit_however_often_it_died(
     with pytest.raises(UbiError, match="is started, and the disk is not live"):
         recovery.recover(device)
     assert calls() == [f"reset-failed {UNIT}", f"start {UNIT}"]
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_an_upgrade_by_its_unit_says_how_long_requests_waited(
+    monkeypatch: pytest.MonkeyPatch, tells: bool,
+) -> None:
+    """If the daemon before said when it left."""
+    clock = [100.0]
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    state = runtime.State(image=None, base="/b", id=3, cookie=7, recoverable=True, unit=UNIT)
+    claims = [runtime.claim("vm1")]
+    claims[0].write_state(state)
+    claims[0].write_options(DeviceOptions(base="/b", name="vm1"))
+
+    def reload(_device: object) -> None:
+        if tells:
+            claims[0].write_state(state, left=False)
+        claims[0].abandon()
+        clock[0] += 0.25
+        claims.append(runtime.claim("vm1"))
+        claims[1].write_state(state)
+
+    monkeypatch.setattr(recovery.rpc, "call", lambda *_: {"recoverable": True})
+    monkeypatch.setattr(systemd, "reload", reload)
+    (device,) = runtime.all_devices()
+    _, pause_s = recovery.upgrade(device)
+    assert pause_s == (0.25 if tells else None)
+    clock[0] += 1
+    written = claims[1].write_state(state)
+    claims[1].abandon()
+    assert (written.waited_s, written.left_at, written.left) == (pause_s, None, False)
 
 
 def test_a_unit_that_does_not_start_says_why(host: Path) -> None:
