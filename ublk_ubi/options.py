@@ -5,6 +5,7 @@ The CLI fills one `DeviceOptions`, the daemon reads it.
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import msgspec
@@ -81,3 +82,9 @@ def continued(options: DeviceOptions, name: str) -> DeviceOptions:
         options, name=name, size=None, format=False, adopt=False, zero=False, keep_old_data=False,
         force_stale=False,
     )
+
+
+def places_of(options: DeviceOptions) -> dict[str, str]:
+    """Return where `base` and `image` are, links followed: a live daemon cannot follow them."""
+    paths = {"base": options.base, "image": options.image}
+    return {what: os.path.realpath(path) for what, path in paths.items() if path is not None}

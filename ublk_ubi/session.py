@@ -44,7 +44,7 @@ from ublk_ubi.hydration import Hydration
 from ublk_ubi.image import FINGERPRINT_SIZE, Image, fingerprint, open_image
 from ublk_ubi.kernel_device import SECTOR, START_TIMEOUT_S, KernelDevice
 from ublk_ubi.log import warn
-from ublk_ubi.options import MAX_STRIPE_SIZE, METADATA_SIZE
+from ublk_ubi.options import MAX_STRIPE_SIZE, METADATA_SIZE, places_of
 from ublk_ubi.refusals import explain, not_yet_forced
 from ublk_ubi.removal import delete_kernel_device, find_kernel_device, user_of
 from ublk_ubi.sandbox import Sandbox, reachable
@@ -101,6 +101,7 @@ class Session(TableHost):
         self._before = before
         self.sandbox: Sandbox = before.sandbox if before else Sandbox(notice)
         self.reach: dict[str, str] = before.reach if before else {}
+        self.places: dict[str, str] = before.places if before else places_of(options)
         self._cpus: list[int] = []
         self._hydrator_cpus: list[int] = []
 
@@ -128,7 +129,7 @@ class Session(TableHost):
         self._hydrator_cpus = usable_cpus("--hydrator-cpus", options.hydrator_cpus)
         control = self._undo.enter_context(self._control or Control.open())
         self.device = KernelDevice(control, options)
-        self.claim = runtime.claim(options.name, base=os.path.realpath(options.base))
+        self.claim = runtime.claim(options.name, base=self.places["base"])
         try:
             self._meet_previous(recover=recover)
         except BaseException:
@@ -178,7 +179,7 @@ class Session(TableHost):
 
     def _is_needed(self, previous: runtime.State) -> bool:
         """Tell whether the disk waits for a daemon, and somebody for the disk."""
-        if previous.base != os.path.realpath(self.options.base):
+        if previous.base != self.places["base"]:
             return False
         try:
             self.device.find(previous)
@@ -354,7 +355,7 @@ class Session(TableHost):
 
     def _state(self, *, live: bool = False, known: bool = True) -> runtime.State:
         """Tell what is `known` of the device so far: nothing but its cookie before ADD_DEV."""
-        base = os.path.realpath(self.base.path)
+        base = self.places["base"]
         if not known:
             return runtime.State(image=self.image_path, base=base, cookie=self.device.cookie)
         return runtime.State(
@@ -374,8 +375,7 @@ class Session(TableHost):
     @property
     def image_path(self) -> str | None:
         """Where the image is, or was."""
-        image = self.options.image
-        return os.path.realpath(image) if image is not None else None
+        return self.places.get("image")
 
     # ---- what the lifecycle engine asks for -------------------------------------------------
 

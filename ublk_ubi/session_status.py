@@ -47,7 +47,7 @@ def describe(session: Session, state: str) -> dict[str, Any]:
         "image": session.image_path,
         "image_size": session.opener.recorded_image_bytes,
         "independent": session.independent,
-        "base": os.path.realpath(session.base.path),
+        "base": session.places["base"],
         "size": session.size,
         "stripe_size": stripe_size,
         "block_size": session.block_size,

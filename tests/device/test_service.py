@@ -133,6 +133,20 @@ def test_a_stop_deletes_a_disk_that_nobody_uses(service: Service, guest: int) ->
     service.tells("STATUS=the disk is gone")
 
 
+def test_a_base_is_what_a_link_to_it_means(ubi: Ubi, service: Service) -> None:
+    """As /dev/vg/lv is one, which a live daemon cannot follow any more."""
+    config = service.folder / f"{NAME}.json"
+    values = json.loads(config.read_text())
+    (service.folder / "link").symlink_to(os.path.dirname(values["base"]))
+    config.write_text(json.dumps(values | {"base": str(service.folder / "link/base")}))
+    service.start()
+    assert ubi.command("status", NAME, "--json").json()["base"] == os.path.realpath(values["base"])
+    with open(service.link, "r+b", buffering=0):
+        service.main.send_signal(signal.SIGTERM)
+        service.main.wait(30)
+        service.start()
+
+
 def test_when_the_host_goes_down_users_are_waited_for(service: Service, guest: int) -> None:
     """Else what is mounted could not be unmounted any more."""
     service.main.send_signal(signal.SIGPWR)

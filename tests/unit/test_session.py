@@ -11,7 +11,7 @@ import pytest
 
 from ublk_ubi.abi import Feature
 from ublk_ubi.kernel_device import KernelDevice
-from ublk_ubi.options import DeviceOptions
+from ublk_ubi.options import DeviceOptions, places_of
 from ublk_ubi.session import Session
 
 
@@ -32,8 +32,9 @@ def test_an_id_that_the_kernel_gave_out_is_taken_back() -> None:
 
     session = Session.__new__(Session)
     session.options = DeviceOptions(image="/i", base="/b")
+    session.places = places_of(session.options)
     session.block_size = 512
-    session.base = SimpleNamespace(path="/b", identity=(False, 1, 2))
+    session.base = SimpleNamespace(identity=(False, 1, 2))
     session.claim = SimpleNamespace(write_state=lambda _state: None)
     session._undo = contextlib.ExitStack()
     session.device = KernelDevice(
