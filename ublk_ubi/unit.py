@@ -13,10 +13,13 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ublk_ubi import daemon, hygiene, recovery
 from ublk_ubi.config import build_options, load_config
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.log import log
+from ublk_ubi.metadata import MAGIC
 from ublk_ubi.runtime import check_name
 from ublk_ubi.systemd import CONFIG_FOLDER
 
@@ -58,7 +61,23 @@ def serve(name: str, folder: str = CONFIG_FOLDER) -> int:
             if error.code != Exit.NO_DEVICE:
                 raise
             log(error.message)
+    if _is_made(options.base):  # it may have grown since (`resize`)
+        options = msgspec.structs.replace(options, size=None)
     return daemon.run(options, _announce)
+
+
+def _is_made(base: str) -> bool:
+    """Tell whether a base holds a disk already, which is as large as the base lets it be."""
+    try:
+        fd = os.open(base, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False  # whoever opens it for good says what is wrong
+    try:
+        return os.pread(fd, len(MAGIC), 0) == MAGIC
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _announce(_answer: dict[str, Any]) -> None:

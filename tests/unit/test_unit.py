@@ -94,6 +94,17 @@ def test_a_disk_is_added(etc: Path, runs: list[tuple[DeviceOptions, bool]]) -> N
     assert [(options.name, recover) for options, recover in runs] == [("vm1", False)]
 
 
+@pytest.mark.parametrize(("content", "counts"), [(b"", 4096), (b"BDEV_UBI\0 and more", None)])
+def test_the_size_counts_when_the_disk_is_made(
+    etc: Path, runs: list[tuple[DeviceOptions, bool]], content: bytes, counts: int | None,
+) -> None:
+    """One that has grown since then is back after a reboot."""
+    configure(etc, size=4096)
+    (etc / "vm1.base").write_bytes(content)
+    assert unit.serve("vm1", str(etc)) == 0
+    assert [options.size for options, _ in runs] == [counts]
+
+
 def test_one_that_waits_is_taken_over_as_it_was_made(
     etc: Path, runs: list[tuple[DeviceOptions, bool]],
 ) -> None:
