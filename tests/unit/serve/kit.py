@@ -129,7 +129,7 @@ class Served:
 
     def call(self, method: str, **params: Any) -> Any:
         """One call by SPDK's own client."""
-        with self.client() as client:
+        with self.client(timeout=300.0) as client:
             return client.call(method, params)
 
     def refused(self, method: str, **params: Any) -> tuple[int, str]:
