@@ -31,7 +31,7 @@ import msgspec
 from ublk_ubi import hygiene, runtime
 from ublk_ubi.control import Control
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.growth import grow
+from ublk_ubi.growth import prepare, take
 from ublk_ubi.log import log, standard, warn
 from ublk_ubi.notify import Manager
 from ublk_ubi.options import MAX_RATE, MIN_RATE, Task, continued
@@ -144,6 +144,7 @@ class Daemon:
                 self._worker = None
                 self._answer(problem)
                 if gone:
+                    self._refuse_resize()
                     self._server.close(linger_s=LINGER_S)
                     return int(problem.code) if problem else 0
                 self._state = "live"
@@ -186,6 +187,11 @@ class Daemon:
             raise UbiError(f"{self._session.claim.name} was added with --no-recovery")
         if self._worker is not None:
             raise UbiError(f"{self._session.claim.name} is stopping", Exit.BUSY)
+        if self._resizing is not None:
+            raise UbiError(
+                f"{self._session.claim.name} is being resized: try again when that is done",
+                Exit.BUSY,
+            )
         self.upgrader = params.upgrader
         answer = Deferred()
         self._waiting.append(answer)
@@ -205,7 +211,7 @@ class Daemon:
     def _do_resize(self, params: ResizeParams) -> None:
         result: int | UbiError
         try:
-            result = grow(self._session, params.size, keep_old_data=params.keep_old_data)
+            result = prepare(self._session, params.size, keep_old_data=params.keep_old_data)
         except UbiError as error:
             result = error
         except Exception as error:
@@ -218,12 +224,34 @@ class Daemon:
             return
         answer, result = self._resizing[0], self._resized
         self._resizing = self._resized = None
+        if not isinstance(result, UbiError):
+            result = self._take(result)
         if isinstance(result, UbiError):
             warn(result.message)
             answer.fail(result)
         else:
             log(f"the disk has {result} bytes now")
             answer.resolve({"size": result})
+
+    def _take(self, size: int) -> int | UbiError:
+        """Grow, unless the disk has begun to go, or to be another daemon's, meanwhile."""
+        if self._worker is not None:
+            return self._not_grown()
+        try:
+            take(self._session, size)
+        except UbiError as error:
+            return error
+        except Exception as error:
+            return UbiError(f"the daemon failed to resize: {error!r}")
+        return size
+
+    def _refuse_resize(self) -> None:
+        """Tell who waits for the disk to grow that it has gone."""
+        if self._resizing is not None:
+            self._resizing[0].fail(self._not_grown())
+
+    def _not_grown(self) -> UbiError:
+        return UbiError(f"{self._session.claim.name} is stopping: it has not grown", Exit.BUSY)
 
     def _on_stop(self, params: StopParams) -> Deferred:
         answer = Deferred()

@@ -13,37 +13,48 @@ if TYPE_CHECKING:
     from ublk_ubi.session import Session
 
 
-def grow(session: Session, size: int | None, *, keep_old_data: bool) -> int:
-    """Make the disk as large as its base, which is grown to `size` first if that is told.
+def prepare(session: Session, size: int | None, *, keep_old_data: bool) -> int:
+    """Have room on the base for a disk of `size` bytes (None: of all that the base has).
 
-    Returns the new size in bytes. Raises UbiError; then the disk is as it was. May take long on a
-    block device that does not zero by itself.
+    A base that is a file is grown to that; the new part reads zero. Returns the size, which is
+    `take`n then. Raises UbiError; the disk is as it was in any case. May take long on a block
+    device that does not zero by itself.
     """
     base, blocks = session.base, session.block_size
-    if size is not None and METADATA_SIZE + size > size_of(base.fd):
-        base.grow(METADATA_SIZE + size)
-    found = (size_of(base.fd) - METADATA_SIZE) // blocks * blocks
-    wanted = found if size is None else size
-    if wanted % blocks:
+    if size is not None and size % blocks:
         raise UbiError(
-            f"--size {wanted} is no multiple of the disk's blocks of {blocks} bytes: "
-            f"use {wanted // blocks * blocks}",
+            f"the size {size} is no multiple of the disk's blocks of {blocks} bytes: use "
+            f"{max(size // blocks, 1) * blocks}",
             Exit.USAGE,
         )
-    if not session.size <= wanted <= found:
-        way_out = (f"grow {shown(base.path)} first" if wanted > found
-                   else "a disk can grow, not shrink")
-        raise UbiError(
-            f"{session.claim.name} has {size_text(session.size)}, its base room for "
-            f"{size_text(found)}: it cannot have {size_text(wanted)}; {way_out}",
-        )
-    if wanted > session.size:
-        if base.is_block and not keep_old_data:
+    try:
+        if size is not None and METADATA_SIZE + size > size_of(base.fd):
+            base.grow(METADATA_SIZE + size)
+        found = (size_of(base.fd) - METADATA_SIZE) // blocks * blocks
+        wanted = found if size is None else size
+        if not session.size <= wanted <= found:
+            way_out = (f"grow {shown(base.path)} first" if wanted > found
+                       else "a disk can grow, not shrink")
+            raise UbiError(
+                f"{session.claim.name} has {size_text(session.size)}, its base room for "
+                f"{size_text(found)}: it cannot have {size_text(wanted)}; {way_out}",
+            )
+        if wanted > session.size and base.is_block and not keep_old_data:
             start = METADATA_SIZE + session.size
             zeroing.zero(base.fd, start, wanted - session.size, is_block=True)
-        session.plane.grow(wanted)
-        session.device.resize(wanted)
-        session.size = wanted
-        base.size = size_of(base.fd)
+    except OSError as error:
+        raise UbiError(
+            f"base {shown(base.path)}: its new part cannot be zeroed: {error.strerror}; "
+            "--keep-old-data leaves it as it is",
+        ) from None
+    return wanted
+
+
+def take(session: Session, size: int) -> None:
+    """Let the disk have the size that was prepared. Raises UbiError; then it is as it was."""
+    if size > session.size:
+        session.plane.grow(size)
+        session.device.resize(size)
+        session.size = size
+        session.base.size = size_of(session.base.fd)
         session.record_state()
-    return session.size

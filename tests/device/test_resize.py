@@ -1,0 +1,130 @@
+"""Disks that grow: on a block device, on a kernel that cannot, with an image that is cut short.
+
+Growing under load is the matter of test_recovery.py, being killed amid it of
+test_killed_commands.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support.background import Background
+from support.direct import block_size
+from support.guest import BLOCK, read, write
+from support.mapper import delayed_writes
+from support.ondisk import DATA_OFFSET
+from support.shell import until
+from support.variant import Variant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from support.device import Ubi
+    from support.images import Image
+    from support.mapper import Mapped, Mapper
+    from support.stores import Stores
+
+MIB = 1 << 20
+STRIPE = 64 << 10
+SIZE = 4 * MIB
+HELD_MS = 60_000
+pytestmark = pytest.mark.usefixtures("no_watch")
+
+
+@pytest.fixture
+def volume(stores: Stores, mapper: Mapper) -> Mapped:
+    """A volume with room for a disk of SIZE; what it grows by holds what somebody wrote once."""
+    below = stores.block("ram", DATA_OFFSET + 2 * SIZE)
+    with open(below, "r+b", buffering=0) as file:
+        os.pwrite(file.fileno(), b"o" * SIZE, DATA_OFFSET + SIZE)
+        os.fsync(file.fileno())
+    volume = mapper.map(below)
+    volume.table(f"0 {(DATA_OFFSET + SIZE) // 512} linear {below} 0")
+    return volume
+
+
+def test_a_block_device_that_grew(
+    ubi: Ubi, volume: Mapped, make_image: Callable[..., Image],
+) -> None:
+    """Nobody reads what was there before; meanwhile the disk serves, and changes no daemon."""
+    device = ubi.add(make_image(SIZE), volume.path, stripe_size=STRIPE, recovery=True)
+    write(device, SIZE - BLOCK, b"a" * BLOCK)
+    refused = ubi.command("resize", device.name, 2 * SIZE)
+    assert (refused.code, "grow it first" in refused.stderr) == (1, True), refused
+    assert ubi.command("resize", device.name).stdout.startswith(f"{device.name} has {SIZE} bytes")
+    device.wait_until_committed()
+    volume.delay(write_ms=HELD_MS, flush_ms=0)
+    growing = Background(lambda: ubi.command("resize", device.name))
+    until(lambda: growing.done or delayed_writes(volume), "the new part is being zeroed", 60)
+    upgrade = ubi.command("upgrade", device.name)
+    assert (upgrade.code, "being resized" in upgrade.stderr) == (5, True), upgrade
+    assert device.status()["state"] == "live"
+    assert block_size(device.node) == SIZE
+    volume.linear()
+    assert growing.result().code == 0, growing.result()
+    assert block_size(device.node) == 2 * SIZE
+    assert read(device, SIZE, SIZE) == bytes(SIZE)
+    write(device, 2 * SIZE - BLOCK, b"e" * BLOCK)
+    device.upgrade()
+    device.reopen()
+    assert read(device, SIZE - BLOCK) == b"a" * BLOCK
+    assert read(device, 2 * SIZE - BLOCK) == b"e" * BLOCK
+
+
+def test_old_data_is_shown_to_who_wants_it(
+    ubi: Ubi, volume: Mapped, make_image: Callable[..., Image],
+) -> None:
+    device = ubi.add(make_image(SIZE), volume.path, stripe_size=STRIPE)
+    volume.linear()
+    assert ubi.command("resize", device.name, "--keep-old-data").code == 0
+    assert read(device, 2 * SIZE - BLOCK) == b"o" * BLOCK
+
+
+def test_where_the_kernel_cannot_it_grows_when_it_is_added_next(
+    ubi: Ubi, tmp_path: Path, volume: Mapped, make_image: Callable[..., Image],
+) -> None:
+    """What is new of a block device is zeroed by then as well."""
+    variant = Variant(tmp_path)
+    variant.replace("kernel_device.py", "Feature.CMD_IOCTL_ENCODE | Feature.UPDATE_SIZE",
+                    "Feature.CMD_IOCTL_ENCODE")
+    with variant.in_use():
+        device = ubi.add(make_image(SIZE), volume.path, stripe_size=STRIPE)
+    volume.linear()
+    refused = ubi.command("resize", device.name)
+    assert refused.code == 1
+    assert "it has the new size when it is added next" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert block_size(device.node) == device.status()["size"] == SIZE
+    write(device, 0, b"a" * BLOCK)
+    device.reopen()
+    assert block_size(device.node) == 2 * SIZE
+    assert read(device, 0) == b"a" * BLOCK
+    assert read(device, SIZE, SIZE) == bytes(SIZE)
+
+
+def test_an_image_that_is_cut_short_does_not_matter(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],
+) -> None:
+    """The disk grows behind what the base records of it; only who opens the base wants it whole."""
+    image = make_image(SIZE)
+    device = ubi.add(image, make_base(SIZE), stripe_size=STRIPE, recovery=True, copy_on_read=True)
+    write(device, 0, b"a" * BLOCK)
+    os.truncate(image.path, SIZE - 2 * STRIPE)
+    until(lambda: ubi.command("status", device.name).code == 3, "it is noticed")
+    grown = ubi.command("resize", device.name, 2 * SIZE)
+    assert grown.code == 0, grown
+    assert device.status()["stripes"]["total"] == SIZE // STRIPE
+    assert read(device, SIZE, SIZE) == bytes(SIZE)
+    write(device, 2 * SIZE - BLOCK, b"e" * BLOCK)
+    device.kill()
+    refused = ubi.command("recover", device.name)
+    assert (refused.code, f"{SIZE}" in refused.stderr) == (1, True), refused
+    Path(image.path).write_bytes(image.content)
+    device.recover()
+    assert device.status()["degraded"] is None
+    assert read(device, 0) == b"a" * BLOCK
+    assert read(device, SIZE - STRIPE) == image.content[-STRIPE:][:BLOCK]
+    assert read(device, 2 * SIZE - BLOCK) == b"e" * BLOCK
