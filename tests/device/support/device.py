@@ -221,6 +221,14 @@ class Device:
         counts: dict[str, int] = self.status()["stripes"]
         return counts
 
+    def _connects(self, sock: socket.socket) -> bool:
+        """Whether there is room for one more (else EAGAIN, unix(7))."""
+        try:
+            sock.connect(str(RUN_ROOT / self.name / "control.sock"))
+        except BlockingIOError:
+            return False
+        return True
+
     def call(self, method: str, params: object = None, timeout_s: float = 10.0) -> Any:
         """One request on the control socket; its result."""
         request = {"jsonrpc": "2.0", "id": 1, "method": method}
@@ -228,7 +236,7 @@ class Device:
             request["params"] = params
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(timeout_s)
-            sock.connect(str(RUN_ROOT / self.name / "control.sock"))
+            until(lambda: self._connects(sock), "room in the control socket's queue", timeout_s)
             sock.sendall(json.dumps(request).encode() + b"\n")
             answer = json.loads(_one_object(sock))
         assert "result" in answer, f"{method}: {answer}"
