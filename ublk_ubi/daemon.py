@@ -450,7 +450,8 @@ def hand_over(
             manager.barrier(BARRIER_S)
             if numbers := signals(ASKED_S):
                 for number in numbers:
-                    os.kill(device.pid, number)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(device.pid, number)
                 wait_for_end(device.pid)
 
 

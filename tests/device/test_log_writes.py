@@ -211,6 +211,7 @@ def write_base(path: str, base: Base, codec: Codec) -> None:
 
 
 @pytest.mark.limit(240)
+@pytest.mark.cpus(2)
 def test_every_power_loss_keeps_what_was_promised(
     ubi: Ubi, mapper: Mapper, stores: Stores, make_image: Callable[..., Image], seed: int,
     tmp_path: Path,
@@ -222,9 +223,7 @@ def test_every_power_loss_keeps_what_was_promised(
     logged = LoggedDisk(mapper.map(below), stores.block("ram", 256 * MIB))
     history, codec = History(SIZE // SECTOR, logged.mark), Codec(image.as_disk(SIZE))
     with another_boot(tmp_path):
-        # One queue: of two flushes at once dm-log-writes gives what both cover to the first that
-        # is sent (log_writes_map), and logs it with that one's end, maybe behind the other's.
-        device = ubi.add(image, logged.disk.path, stripe_size=STRIPE, zero=True)
+        device = ubi.add(image, logged.disk.path, stripe_size=STRIPE, zero=True, queues=2)
         logged.mark()
         load = Load(device, history, codec, seed)
         load.phase()
