@@ -6,10 +6,15 @@ and followed by its data; the first sector says how many there are and how large
     0      superblock: magic, version, number of records, bytes of a sector
     then   record: sector, sectors, flags, length of the mark; a mark's text is in the same sector
 
-What the order means. A plain write is put down when a flush *that was sent after its completion*
-completes, just before the record of that flush; a write with FUA when it completes. So everything
-before a flush's record is durable once that record is there, and so is every FUA record; any part
-of the plain writes before the next flush may be.
+What the order means. A write is put down when a flush *that was sent after its completion*
+completes, just before the record of that flush. So everything before a flush's record is durable
+once that record is there; any part of the writes before the next flush may be.
+
+The target gives the writes that two flushes cover to the one that was sent first, and puts them
+down when that one completes. Were the other to complete before it, what it promised would be
+missing from the log for a while. So flushes must come one after the other: a loop device on top
+sees to that, as every disk with a request queue does (block/blk-flush.c: one flush at a time). It
+also makes a write and a flush of a write with FUA.
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from support.mapper import Mapped
+    from support.stores import Stores
 
 MAGIC = 0x6A736677736872
 VERSION = 1
@@ -56,24 +62,24 @@ class Record:
         return bool(self.flags & FLUSH)
 
     @property
-    def is_fua(self) -> bool:
-        return bool(self.flags & FUA)
-
-    @property
     def is_mark(self) -> bool:
         return bool(self.flags & MARK)
 
 
 class LoggedDisk:
-    """A mapped disk whose writes go into a log on another disk, from now until `stop`."""
+    """A mapped disk whose writes go into a log on another disk, from now until `stop`.
 
-    def __init__(self, disk: Mapped, log: str) -> None:
+    `path` is the disk to be used: the loop device on top.
+    """
+
+    def __init__(self, disk: Mapped, log: str, stores: Stores) -> None:
         self.disk = disk
         self.log = log
         self._lock = threading.Lock()
         self._control = os.open("/dev/mapper/control", os.O_RDWR | os.O_CLOEXEC)
         self.marks = 0
         disk.table(f"0 {disk.sectors} log-writes {disk.below} {log}")
+        self.path = stores.loop_over(disk.path, "--direct-io=on")
 
     def mark(self) -> int:
         """Put the next number into the log: all that has completed is before it."""
@@ -110,6 +116,7 @@ def read_log(path: str) -> Iterator[Record]:
             head = reader.take(at, SECTOR)
             first, sectors, flags, length = _RECORD.unpack_from(head)
             assert not flags & DISCARD, "a discard has no data to replay"
+            assert not flags & FUA, "a loop device sends none"
             text = head[_RECORD.size :][:length].decode() if flags & MARK else ""
             data = reader.take(at + SECTOR, sectors * SECTOR)
             at += SECTOR + len(data)

@@ -78,11 +78,10 @@ class Replayer:
         self._codec = codec
         self._rng = random.Random(seed)
         self._base = Base(sectors)
-        self._fua: dict[int, int] = {}     # data sectors written with FUA since the last flush
-        self.flushes = self.fuas = self.torn = 0
+        self.flushes = self.torn = 0
 
     def states(self, records: Iterable[Record], torn: int) -> Iterator[State]:
-        """At every flush and FUA mark; between two flushes `torn` times, at random.
+        """At every flush; between two flushes `torn` times, at random.
 
         The base of a state is the replayer's own, and changes when the next one is asked for.
         """
@@ -98,16 +97,11 @@ class Replayer:
                     self.torn += 1
                     yield State(f"before record {number}, torn", self._torn(plain, way), mark)
                 for write in plain:
-                    self._apply(self._base, write, fua=False)
+                    self._apply(self._base, write)
                 plain.clear()
-                self._fua.clear()
                 self.flushes += 1
                 yield State(f"flush, record {number}", self._base, mark)
-            if pieces and record.is_fua:
-                self._apply(self._base, pieces, fua=True)
-                self.fuas += 1
-                yield State(f"FUA, record {number}", self._base, mark)
-            elif pieces:
+            if pieces:
                 plain.append(pieces)
 
     def _pieces(self, record: Record) -> list[Piece]:
@@ -131,24 +125,18 @@ class Replayer:
             else:
                 share = self._rng.choice([0.0, 0.5, 0.9, 1.0])
                 kept = [piece for piece in write if self._rng.random() < share]
-            self._apply(base, kept, fua=False)
+            self._apply(base, kept)
         return base
 
-    def _apply(self, base: Base, pieces: list[Piece], *, fua: bool) -> None:
+    def _apply(self, base: Base, pieces: list[Piece]) -> None:
         for piece in pieces:
             if piece.data.count(0) == SECTOR:
                 base.metadata.pop(piece.sector, None)
                 continue
             if piece.data:
                 base.metadata[piece.sector] = piece.data
-                continue
-            sector = piece.sector - DATA_SECTOR
-            # A plain write that came before one with FUA stands behind it in the log.
-            if not fua and 0 < piece.version < self._fua.get(sector, 0):
-                continue
-            if fua:
-                self._fua[sector] = piece.version
-            base.data[sector] = piece.version
+            else:
+                base.data[piece.sector - DATA_SECTOR] = piece.version
 
 
 class Oracle:
