@@ -32,9 +32,9 @@ from .files import (
     Identity,
     check_kind,
     check_path,
-    clear_nonblock,
     enable_direct,
     identity_of,
+    make_ready,
     open_failure,
     reopen,
     shown,
@@ -258,7 +258,7 @@ def _open_existing(  # noqa: PLR0917 - all of open_base's, at once
         opened = os.fstat(fd)
         if node_of(opened) != node:
             raise _replaced(path)
-        clear_nonblock(fd)
+        make_ready(fd)
         identity = identity_of(fd, opened)
         fence.lock(fd, identity)
         try:
@@ -369,7 +369,7 @@ def _create(
         fd = _open_new(folder_fd, name)
         undo.callback(os.close, fd)
         undo.callback(_remove, folder_fd, name, fd)
-        clear_nonblock(fd)
+        make_ready(fd)
         identity = identity_of(fd, os.fstat(fd))
         fence.lock(fd, identity)
         os.ftruncate(fd, METADATA_SIZE + data_size)

@@ -3,6 +3,8 @@
 Invariants of every descriptor that leaves this package's openers:
 - O_NONBLOCK is off. It is on while a file is opened (a FIFO must not hang the open), but io_uring
   would take it as "never wait" and fail requests with -EAGAIN.
+- O_NOATIME is on where the kernel lets us (the file is ours, or CAP_FOWNER): reading an image
+  writes nothing.
 - O_DIRECT is on only where one aligned read has been shown or promised to work.
 - O_CLOEXEC is on.
 """
@@ -138,9 +140,13 @@ def reopen(fd: int, flags: int) -> int:
     return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
 
 
-def clear_nonblock(fd: int) -> None:
-    """Let requests on `fd` wait; see this file's invariants."""
-    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+def make_ready(fd: int) -> None:
+    """Let requests on `fd` wait, and leave its access time alone; see this file's invariants."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_NOATIME)
+    except PermissionError:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
 
 def enable_direct(fd: int) -> int:

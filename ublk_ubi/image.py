@@ -26,9 +26,9 @@ from .files import (
     Identity,
     check_kind,
     check_path,
-    clear_nonblock,
     enable_direct,
     identity_of,
+    make_ready,
     open_failure,
     reopen,
     shown,
@@ -178,7 +178,7 @@ def _checked(fd: int, path: str, image_format: str | None, cache: str, topology:
     """Make an Image of an open descriptor; the caller closes it on any error."""
     what = f"image {shown(path)}"
     is_block = check_kind("image", path, os.fstat(fd).st_mode)
-    clear_nonblock(fd)
+    make_ready(fd)
     _lock_shared(fd, what, topology)
     if size_of(fd) == 0:
         raise UbiError(f"{what} is empty (0 bytes): give a raw disk image")

@@ -152,6 +152,7 @@ def test_a_missing_base_is_made(place: Path, image: Image):
         flags = fcntl.fcntl(base.fd, fcntl.F_GETFL)
         assert flags & os.O_ACCMODE == os.O_RDWR
         assert not flags & os.O_NONBLOCK, "io_uring would not wait for writes"
+        assert flags & os.O_NOATIME
         assert bool(flags & os.O_DIRECT) == base.direct
         for fd in (base.fd, base.folder_fd):
             assert not os.get_inheritable(fd)

@@ -91,6 +91,7 @@ def test_a_raw_file_opens(raw: Path):
         flags = fcntl.fcntl(found.fd, fcntl.F_GETFL)
         assert flags & os.O_ACCMODE == os.O_RDONLY
         assert not flags & os.O_NONBLOCK, "io_uring would not wait for reads"
+        assert flags & os.O_NOATIME
         assert fcntl.fcntl(found.fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
         assert bool(flags & os.O_DIRECT) == found.direct
         assert found.alignment == 1 or found.direct
@@ -587,3 +588,20 @@ def test_short_reads_are_continued(raw: Path, monkeypatch):
     real = os.pread
     monkeypatch.setattr(os, "pread", lambda fd, n, at: real(fd, min(n, 1000), at))
     assert print_of(raw) == whole
+
+
+def test_an_image_of_another_user_is_read_with_its_access_time(
+    raw: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without CAP_FOWNER the kernel refuses O_NOATIME for it."""
+    real = fcntl.fcntl
+
+    def refuse(fd: int, command: int, argument: int = 0) -> int:
+        if command == fcntl.F_SETFL and argument & os.O_NOATIME:
+            raise PermissionError(errno.EPERM, "not permitted")
+        return real(fd, command, argument)
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    with open_image(str(raw)) as found:
+        flags = real(found.fd, fcntl.F_GETFL)
+    assert not flags & (os.O_NOATIME | os.O_NONBLOCK)
