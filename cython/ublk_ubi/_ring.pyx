@@ -12,11 +12,12 @@ from ublk_ubi._core cimport (
 )
 from ublk_ubi._uring cimport (
     FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, IORING_FSYNC_DATASYNC,
-    IORING_OP_URING_CMD, IORING_SETUP_COOP_TASKRUN, IORING_SETUP_CQSIZE, IORING_SETUP_DEFER_TASKRUN,
-    IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_SUBMIT_ALL, IOSQE_CQE_SKIP_SUCCESS, IOSQE_FIXED_FILE,
-    __kernel_timespec, enter, io_uring_get_sqe, io_uring_params, io_uring_prep_fallocate,
-    io_uring_prep_fsync, io_uring_prep_msg_ring, io_uring_prep_read, io_uring_prep_read_fixed,
-    io_uring_prep_write, io_uring_prep_write_fixed, io_uring_queue_exit, io_uring_queue_init_params,
+    IORING_OP_READ, IORING_OP_READ_FIXED, IORING_OP_URING_CMD, IORING_OP_WRITE,
+    IORING_OP_WRITE_FIXED, IORING_SETUP_COOP_TASKRUN, IORING_SETUP_CQSIZE,
+    IORING_SETUP_DEFER_TASKRUN, IORING_SETUP_SINGLE_ISSUER, IORING_SETUP_SUBMIT_ALL,
+    IOSQE_CQE_SKIP_SUCCESS, IOSQE_FIXED_FILE, __kernel_timespec, enter, get_sqe, io_uring_params,
+    io_uring_prep_fallocate, io_uring_prep_fsync, io_uring_prep_msg_ring, io_uring_prep_read,
+    io_uring_prep_rw, io_uring_prep_write, io_uring_queue_exit, io_uring_queue_init_params,
     io_uring_register_buffers_sparse, io_uring_register_files, io_uring_register_files_update,
     io_uring_register_iowq_max_workers, io_uring_register_ring_fd, io_uring_sqe, io_uring_submit,
     prep_discard, sq_init, sqe_set_dsync,
@@ -71,31 +72,33 @@ cdef inline uint64_t tagged(uint8_t kind, uint32_t index) noexcept nogil:
     return (<uint64_t>kind << 56) | index
 
 
-cdef io_uring_sqe* next_sqe(Ring* ring) noexcept nogil:
-    """A free SQE; a full queue is submitted first."""
-    cdef io_uring_sqe* sqe = io_uring_get_sqe(&ring.uring)
-    if sqe == NULL:
-        io_uring_submit(&ring.uring)
-        sqe = io_uring_get_sqe(&ring.uring)
-        ensure(sqe != NULL, b"a submitted queue has room")
+cdef io_uring_sqe* make_room(Ring* ring) noexcept nogil:
+    """Submit a full queue."""
+    cdef io_uring_sqe* sqe
+    io_uring_submit(&ring.uring)
+    sqe = get_sqe(&ring.uring)
+    ensure(sqe != NULL, b"a submitted queue has room")
     return sqe
+
+
+cdef inline io_uring_sqe* next_sqe(Ring* ring) noexcept nogil:
+    """A free SQE, to be filled in all its fields."""
+    cdef io_uring_sqe* sqe = get_sqe(&ring.uring)
+    return sqe if sqe != NULL else make_room(ring)
 
 
 # -- operations ----------------------------------------------------------------------------------
 
 cdef inline void prep_transfer(io_uring_sqe* sqe, const Op* op, int file,
                                bint write) noexcept nogil:
-    cdef void* address = <void*>(op.address + op.done)
-    cdef uint32_t left = op.length - op.done
-    cdef uint64_t offset = op.offset + op.done
-    if write and op.fixed:
-        io_uring_prep_write_fixed(sqe, file, address, left, offset, op.index)
-    elif write:
-        io_uring_prep_write(sqe, file, address, left, offset)
-    elif op.fixed:
-        io_uring_prep_read_fixed(sqe, file, address, left, offset, op.index)
+    cdef int opcode
+    if op.fixed:
+        opcode = IORING_OP_WRITE_FIXED if write else IORING_OP_READ_FIXED
     else:
-        io_uring_prep_read(sqe, file, address, left, offset)
+        opcode = IORING_OP_WRITE if write else IORING_OP_READ
+    io_uring_prep_rw(opcode, sqe, file, <void*>(op.address + op.done), op.length - op.done,
+                     op.offset + op.done)
+    sqe.buf_index = op.index
     if op.dsync:
         sqe_set_dsync(sqe)
 
@@ -172,6 +175,20 @@ cdef void ring_action(Ring* ring, const Action* action) noexcept nogil:
     submit_op(ring, action.token)
 
 
+cdef bint again(Ring* ring, Op* op, int32_t res) noexcept nogil:
+    """Whether an error is one to be met by another try, or by another way."""
+    if (res == -EINTR or res == -EAGAIN) and op.retries < MAX_RETRIES:
+        op.retries += 1
+        return True
+    if res == -EOPNOTSUPP and op.kind == ACT_ZERO_BASE and op.method != ZERO_WRITE:
+        if op.method == ZERO_PUNCH:
+            ring.lacks_punch = True
+        else:
+            ring.lacks_range = True
+        return True
+    return False
+
+
 cdef inline int32_t failure(const Op* op, int32_t res) noexcept nogil:
     """What the engine is told of an error."""
     if res == -EINTR or res == -EAGAIN:
@@ -180,6 +197,11 @@ cdef inline int32_t failure(const Op* op, int32_t res) noexcept nogil:
             res == -EOPNOTSUPP or res == -EINVAL or res == -ENOTTY or res == -ENOSYS):
         return 0
     return res
+
+
+cdef inline bint moves_bytes(const Op* op) noexcept nogil:
+    """Whether a result counts bytes."""
+    return op.kind <= ACT_WRITE_BASE or op.method == ZERO_WRITE
 
 
 cdef inline bint moved(Ring* ring, Op* op, int32_t res) noexcept nogil:
@@ -199,21 +221,12 @@ cdef bint ring_op_done(Ring* ring, uint32_t token, int32_t res, int32_t* result)
     ensure(token < ring.op_count, b"a token is below the number of operations")
     op = &ring.ops[token]
     ensure(op.kind != 0, b"a CQE is of an operation in flight")
-    if (res == -EINTR or res == -EAGAIN) and op.retries < MAX_RETRIES:
-        op.retries += 1
-        submit_op(ring, token)
-        return False
-    if res == -EOPNOTSUPP and op.kind == ACT_ZERO_BASE and op.method != ZERO_WRITE:
-        if op.method == ZERO_PUNCH:
-            ring.lacks_punch = True
-        else:
-            ring.lacks_range = True
-        submit_op(ring, token)
-        return False
     if res < 0:
+        if again(ring, op, res):
+            submit_op(ring, token)
+            return False
         result[0] = failure(op, res)
-    elif op.kind == ACT_SYNC_BASE or op.kind == ACT_DISCARD_BASE or op.method == ZERO_PUNCH or (
-            op.method == ZERO_RANGE):
+    elif not moves_bytes(op):
         result[0] = 0
     elif moved(ring, op, res):
         submit_op(ring, token)

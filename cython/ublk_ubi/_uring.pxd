@@ -13,6 +13,7 @@ cdef extern from "<liburing.h>" nogil:
         uint64_t addr
         uint32_t len
         uint64_t user_data
+        uint16_t buf_index
         uint8_t cmd[0]             # byte 48: 16 bytes in a 64-byte SQE
 
     struct io_uring_cqe:
@@ -34,7 +35,11 @@ cdef extern from "<liburing.h>" nogil:
         int64_t tv_nsec
 
     enum:
+        IORING_OP_READ
+        IORING_OP_READ_FIXED
         IORING_OP_URING_CMD
+        IORING_OP_WRITE
+        IORING_OP_WRITE_FIXED
         IORING_SETUP_CQSIZE
         IORING_SETUP_SUBMIT_ALL
         IORING_SETUP_COOP_TASKRUN
@@ -52,7 +57,6 @@ cdef extern from "<liburing.h>" nogil:
     int io_uring_register_buffers_sparse(io_uring* ring, unsigned count) noexcept
     int io_uring_register_ring_fd(io_uring* ring) noexcept
     int io_uring_register_iowq_max_workers(io_uring* ring, unsigned* values) noexcept
-    io_uring_sqe* io_uring_get_sqe(io_uring* ring) noexcept
     int io_uring_submit(io_uring* ring) noexcept
     unsigned io_uring_cq_ready(const io_uring* ring) noexcept
     void io_uring_cq_advance(io_uring* ring, unsigned count) noexcept
@@ -62,10 +66,6 @@ cdef extern from "<liburing.h>" nogil:
                             uint64_t offset) noexcept
     void io_uring_prep_write(io_uring_sqe* sqe, int fd, const void* buffer, unsigned length,
                              uint64_t offset) noexcept
-    void io_uring_prep_read_fixed(io_uring_sqe* sqe, int fd, void* buffer, unsigned length,
-                                  uint64_t offset, int index) noexcept
-    void io_uring_prep_write_fixed(io_uring_sqe* sqe, int fd, const void* buffer, unsigned length,
-                                   uint64_t offset, int index) noexcept
     void io_uring_prep_fallocate(io_uring_sqe* sqe, int fd, int mode, uint64_t offset,
                                  uint64_t length) noexcept
     void io_uring_prep_fsync(io_uring_sqe* sqe, int fd, unsigned flags) noexcept
@@ -118,6 +118,16 @@ cdef extern from *:
             for (i = 0; i < ring->sq.ring_entries; i++)
                 ring->sq.array[i] = i;
     }
+    /* A free one, its bytes as the last use left them; NULL: submit first. */
+    static inline struct io_uring_sqe *ubi_sqe(struct io_uring *ring)
+    {
+        struct io_uring_sq *sq = &ring->sq;
+        unsigned tail = sq->sqe_tail;
+        if (tail - io_uring_smp_load_acquire(sq->khead) >= sq->ring_entries)
+            return NULL;
+        sq->sqe_tail = tail + 1;
+        return &sq->sqes[tail & sq->ring_mask];
+    }
     static inline int ubi_enter(struct io_uring *ring, int registered, unsigned wait,
                                 const struct __kernel_timespec *ts)
     {
@@ -151,6 +161,7 @@ cdef extern from *:
     }
     """
     void sq_init "ubi_sq_init"(io_uring* ring) noexcept nogil      # once, before the first SQE
+    io_uring_sqe* get_sqe "ubi_sqe"(io_uring* ring) noexcept nogil
     # Submit all, wait for `wait` CQEs or until `ts` is over; how many were submitted, or -errno.
     int enter "ubi_enter"(io_uring* ring, bint registered, unsigned wait,
                           const __kernel_timespec* ts) noexcept nogil
