@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-COUNTED = (b"Anonymous:", b"Locked:")
-
 
 def own_bytes() -> int | None:
     """Return the bytes of private and of locked pages mapped here, each counted once.
@@ -13,15 +11,14 @@ def own_bytes() -> int | None:
     /proc does not tell (proc(5), smaps).
     """
     total_kib = 0
-    of_mapping = dict.fromkeys(COUNTED, 0)
     try:
         with open("/proc/self/smaps", "rb") as file:
-            for line in file:
-                key, *values = line.split(maxsplit=2)
-                if key in of_mapping:
-                    of_mapping[key] = int(values[0])
-                elif key == b"VmFlags:":  # a mapping's last line
-                    total_kib += max(of_mapping.values())
-    except (OSError, ValueError, IndexError):
+            text = file.read()
+        # Some twenty lines a mapping, hundreds of mappings: no look at each of them.
+        for mapping in text.split(b"\nAnonymous:")[1:]:
+            anonymous, _, more = mapping.partition(b" kB")
+            locked = more.partition(b"\nLocked:")[2].partition(b" kB")[0]
+            total_kib += max(int(anonymous), int(locked))
+    except (OSError, ValueError):
         return None
     return total_kib << 10 or None
