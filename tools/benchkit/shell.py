@@ -82,34 +82,35 @@ def fio_report(text: str) -> dict[str, Any]:
     return job
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Tell how long something takes."""
-    started = time.monotonic_ns()
-    work()
-    return (time.monotonic_ns() - started) / 1e9
-
-
 def busy_ns() -> int:
     """Tell how long the processor has run tasks: the instructions of all but the idle task."""
     with open("/proc/schedstat") as file:
         return sum(int(line.split()[7]) for line in file if line.startswith("cpu"))
 
 
-def time_of_copy(start: Callable[[], object], copied: Callable[[], int], size: int) -> float:
-    """Tell how long a copy in the background takes: looked at the more often the nearer its end.
+def cost_ns(work: Callable[[], object]) -> int:
+    """Tell the instructions of all tasks but this one, which may look on, while it works."""
+    def others() -> int:
+        with open("/proc/self/schedstat") as file:
+            return busy_ns() - int(file.read().split()[0])
 
-    Each look costs the copy some of the time, so there are some ten of them.
+    before = others()
+    work()
+    return others() - before
+
+
+def await_copy(copied: Callable[[], int], before: int, size: int) -> None:
+    """Await a copy in the background: look the more often the nearer its end.
+
+    To look may cost a process, so there are some ten looks.
     """
-    before = copied()
     started = time.monotonic_ns()
-    start()
     while (done := copied() - before) < size:
         spent = (time.monotonic_ns() - started) / 1e9
         if spent > WAIT_S:
             raise FailedError(f"copied {done} of {size} bytes in {WAIT_S:g} s")
         left = spent * (size - done) / done if done else 0.05
         time.sleep(max(min(left / 2, 0.2), 0.001))
-    return (time.monotonic_ns() - started) / 1e9
 
 
 def bytes_of(pid: int, what: str) -> int:

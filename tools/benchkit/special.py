@@ -29,12 +29,12 @@ from .loads import (
 from .shell import (
     FailedError,
     MissingError,
+    await_copy,
     busy_ns,
     bytes_of,
+    cost_ns,
     fio_report,
     run,
-    seconds,
-    time_of_copy,
     until,
 )
 
@@ -74,7 +74,12 @@ def copy_by_dd() -> Value:
     words = (f"if={disks.IMAGE}", f"of={disks.RAW}", "bs=1M", "iflag=direct", "oflag=direct")
     count = f"count={IMAGE_BYTES // MIB}"
     run("dd", *words, "count=1")
-    return IMAGE_BYTES / MB / seconds(lambda: run("dd", *words, count)), BANDWIDTH
+    return _rate(lambda: run("dd", *words, count)), BANDWIDTH
+
+
+def _rate(work: Callable[[], object]) -> float:
+    """Tell at which rate all of the image is copied, MB of it per 10^9 instructions."""
+    return IMAGE_BYTES * 1e3 / cost_ns(work)
 
 
 class _Copier(NamedTuple):
@@ -108,7 +113,12 @@ def clone_copying(region: int, threshold: int = 1, batch: int = 1) -> Iterator[_
 def hydration(copying: Copying) -> Value:
     """Copy all of an image in the background."""
     with copying() as disk:
-        return IMAGE_BYTES / MB / time_of_copy(disk.start, disk.copied, IMAGE_BYTES), BANDWIDTH
+        def work() -> None:
+            copied = disk.copied()
+            disk.start()
+            await_copy(disk.copied, copied, IMAGE_BYTES)
+
+        return _rate(work), BANDWIDTH
 
 
 def clone_hydration(region: int) -> Value:
@@ -120,17 +130,24 @@ def clone_hydration(region: int) -> Value:
 def cold_read() -> Value:
     """Read all of a cold disk, and wait until all has been copied, too.
 
-    fio's own end is not that: here the processor's time counts, less that of fio's start.
+    fio's own end is not that: here the processor's time counts, less that of fio's start. The
+    better of two: at first some of the programs' code is not in memory.
     """
     load = BY_NAME["cold-read-1m"]
-    start = _busy(lambda: run("fio", *load.words(disks.RAW, 1)))
-    with ours_copying() as disk:
-        def work() -> None:
-            copied = disk.copied()
-            run("fio", *load.words(disk.node, load.count))
-            until(lambda: disk.copied() - copied >= IMAGE_BYTES, "the copy of what was read")
+    start_fio = partial(run, "fio", *load.words(disks.RAW, 1))
+    start_fio()  # the first one reads it from disk
+    start = cost_ns(start_fio)
 
-        return IMAGE_BYTES * 1e3 / (_busy(work) - start), BANDWIDTH
+    def once() -> int:
+        with ours_copying() as disk:
+            def work() -> None:
+                copied = disk.copied()
+                run("fio", *load.words(disk.node, load.count))
+                until(lambda: disk.copied() - copied >= IMAGE_BYTES, "the copy of what was read")
+
+            return cost_ns(work)
+
+    return IMAGE_BYTES * 1e3 / (min(once(), once()) - start), BANDWIDTH
 
 
 def _busy(work: Callable[[], object]) -> int:
