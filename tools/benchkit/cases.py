@@ -53,6 +53,7 @@ WHAT = {
     "ubi-hydrating": "ublk-ubi, hot reads while the rest is hydrated",
     "ubi-add": "ublk-ubi add, to live",
     "kublk-loop": "kublk loop, AUTO_BUF_REG",
+    "kublk-loop-none": "kublk loop, AUTO_BUF_REG, without the I/O scheduler that it is given",
     "kublk-null": "kublk null, AUTO_BUF_REG",
     "kublk-loop-plain": "kublk loop, plain copy",
     "kublk-null-plain": "kublk null, plain copy",
@@ -79,6 +80,7 @@ def _cases() -> list[Case]:
     for load in ("randread-32", "randwrite-32", "randread-1"):
         name = f"hot-{load}"
         row(name, zero, load, "kublk-loop", 1.0)
+        row(name, zero, load, "kublk-loop-none")
         row(name, zero, load, "raw")
         row(name, zero, load, "kublk-null")
         row(name, zero, load, "dm-clone")

@@ -71,8 +71,10 @@ def our_disk(*options: str, hydrated: bool = True) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def kublk(kind: str, *options: str) -> Iterator[str]:
+def kublk(kind: str, *options: str, scheduler: str = "") -> Iterator[str]:
     """Have the kernel selftests' server serve; its `del` may hang, so it is killed.
+
+    Its disk's I/O scheduler is the kernel's choice, but for a `scheduler`.
 
     It runs as a daemon, as ours does: in fio's own session the scheduler has the two take turns
     five times as often, which costs a fifth of the requests.
@@ -88,6 +90,9 @@ def kublk(kind: str, *options: str) -> Iterator[str]:
     node = f"/dev/ublkb{device[1]}"
     try:
         until(lambda: os.path.exists(node), "kublk's disk")
+        if scheduler:
+            with open(f"/sys/block/{os.path.basename(node)}/queue/scheduler", "w") as file:
+                file.write(scheduler)
         yield node
     finally:
         os.kill(int(pid[1]), signal.SIGKILL)
@@ -234,6 +239,7 @@ SUBJECTS: dict[str, Callable[[], Disk]] = {
     "ubi-cold-64k": partial(COLD, "--stripe-size", "64K"),
     "ubi-cold-1m": COLD,
     "kublk-loop": partial(kublk, "loop", "--auto_zc"),
+    "kublk-loop-none": partial(kublk, "loop", "--auto_zc", scheduler="none"),
     "kublk-null": partial(kublk, "null", "--auto_zc"),
     "kublk-loop-plain": partial(kublk, "loop"),
     "kublk-null-plain": partial(kublk, "null"),
