@@ -360,7 +360,7 @@ def _create(
     # A new file takes some part of what its folder lies on.
     _refuse_shared_storage(path, node_of(os.fstat(folder_fd)), image, fence.topology)
     parent = os.readlink(f"/proc/self/fd/{folder_fd}")
-    if _holds_devices(parent, folder_fd, str(fence.topology.dev)):
+    if _holds_devices(parent, folder_fd, fence.topology.dev):
         raise UbiError(
             f"base {shown(path)} does not exist, and {shown(parent)} holds devices, not files: "
             "check the device's name (see `lsblk`), or name a file elsewhere",

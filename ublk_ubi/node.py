@@ -13,7 +13,6 @@ import socket
 import stat
 import struct
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from ublk_ubi.errors import UbiError
@@ -21,7 +20,7 @@ from ublk_ubi.errors import UbiError
 if TYPE_CHECKING:
     from types import TracebackType
 
-UDEV_CONTROL = Path("/run/udev/control")
+UDEV_CONTROL = "/run/udev/control"
 WAIT_S = 3.0
 DEFAULT_MODE = 0o660
 _KOBJECT_UEVENT = 15               # a family of netlink(7)
@@ -36,9 +35,9 @@ _MAGIC = b"\xfe\xed\xca\xfe"
 class Udev:
     """What udev says from the moment that this is made. Where there is no udev, nothing."""
 
-    def __init__(self, control: Path = UDEV_CONTROL) -> None:
+    def __init__(self, control: str = UDEV_CONTROL) -> None:
         self._socket: socket.socket | None = None
-        if not control.exists():
+        if not os.path.exists(control):
             return
         try:
             listener = socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK,

@@ -21,7 +21,6 @@ import contextlib
 import os
 import re
 import stat
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _END = 1 << 63
-_PROC_NAME = re.compile(r"\d+")
 
 
 class Node(NamedTuple):
@@ -80,17 +78,22 @@ def _device_node(device: int) -> Node:
     return Node(is_device=True, device=device, inode=0)
 
 
-def _read(path: Path) -> str | None:
+def _read(*path: str) -> str | None:
     """Return a sysfs attribute, stripped; None when it is missing or the device just went."""
     try:
-        return path.read_text(errors="surrogateescape").strip()
+        with open("/".join(path), errors="surrogateescape") as file:
+            return file.read().strip()
     except OSError:
         return None
 
 
-def _number(path: Path) -> int:
-    text = _read(path)
+def _number(*path: str) -> int:
+    text = _read(*path)
     return int(text) if text and text.isdecimal() else 0
+
+
+def _is_partition(folder: str) -> bool:
+    return os.path.exists(f"{folder}/partition")
 
 
 def _unescape(field: str) -> str:
@@ -101,17 +104,17 @@ def _unescape(field: str) -> str:
 class Topology(msgspec.Struct, frozen=True):
     """The machine's view; tests give folders of their own."""
 
-    sys: Path = Path("/sys")
-    proc: Path = Path("/proc")
-    dev: Path = Path("/dev")
+    sys: str = "/sys"
+    proc: str = "/proc"
+    dev: str = "/dev"
 
     # devices ----------------------------------------------------------------------------------
 
-    def folder(self, device: int) -> Path | None:
+    def folder(self, device: int) -> str | None:
         """Return the device's folder in sysfs; None when it has none."""
-        link = self.sys / "dev" / "block" / f"{os.major(device)}:{os.minor(device)}"
+        link = f"{self.sys}/dev/block/{os.major(device)}:{os.minor(device)}"
         try:
-            return link.resolve(strict=True)
+            return os.path.realpath(link, strict=True)
         except OSError:
             return None
 
@@ -120,19 +123,19 @@ class Topology(msgspec.Struct, frozen=True):
         folder = self.folder(device)
         if folder is None:
             return f"device {os.major(device)}:{os.minor(device)}"
-        if mapped := _read(folder / "dm" / "name"):
+        if mapped := _read(folder, "dm/name"):
             return f"{self.dev}/mapper/{mapped}"
-        return f"{self.dev}/{folder.name.replace('!', '/')}"
+        return f"{self.dev}/{os.path.basename(folder).replace('!', '/')}"
 
     def is_host_managed(self, device: int) -> bool:
         """Tell whether a zoned device takes only sequential writes."""
         folder = self._disk_folder(device)
-        return folder is not None and _read(folder / "queue" / "zoned") == "host-managed"
+        return folder is not None and _read(folder, "queue/zoned") == "host-managed"
 
     def offloads_zeroes(self, device: int) -> bool:
         """Tell whether the device zeroes a range without being sent the zeros."""
         folder = self._disk_folder(device)
-        return folder is not None and _number(folder / "queue" / "write_zeroes_max_bytes") > 0
+        return folder is not None and _number(folder, "queue/write_zeroes_max_bytes") > 0
 
     def disk_of(self, device: int) -> int:
         """Return the disk (st_rdev) of a partition, or `device` itself."""
@@ -140,24 +143,24 @@ class Topology(msgspec.Struct, frozen=True):
         disk = None if folder is None else self._device_in(folder)
         return device if disk is None else disk
 
-    def _disk_folder(self, device: int) -> Path | None:
+    def _disk_folder(self, device: int) -> str | None:
         folder = self.folder(device)
-        if folder is not None and (folder / "partition").exists():
-            return folder.parent
+        if folder is not None and _is_partition(folder):
+            return os.path.dirname(folder)
         return folder
 
-    def _device_in(self, folder: Path) -> int | None:
-        text = _read(folder / "dev")
+    def _device_in(self, folder: str) -> int | None:
+        text = _read(folder, "dev")
         if text is None:
             return None
         major, _, minor = text.partition(":")
         return os.makedev(int(major), int(minor))
 
-    def _devices_in(self, folder: Path) -> Iterator[int]:
+    def _devices_in(self, folder: str) -> Iterator[int]:
         """Yield the devices whose sysfs folders, or links to them, are in `folder`."""
         with contextlib.suppress(OSError):
-            for entry in sorted(folder.iterdir()):
-                device = self._device_in(entry)
+            for entry in sorted(os.listdir(folder)):
+                device = self._device_in(f"{folder}/{entry}")
                 if device is not None:
                     yield device
 
@@ -166,28 +169,35 @@ class Topology(msgspec.Struct, frozen=True):
         if folder is None:
             return
         with contextlib.suppress(OSError):
-            for entry in sorted(folder.iterdir()):
-                partition = self._device_in(entry) if (entry / "partition").exists() else None
+            for entry in sorted(os.listdir(folder)):
+                path = f"{folder}/{entry}"
+                partition = self._device_in(path) if _is_partition(path) else None
                 if partition is not None:
                     yield partition
 
     def loops(self) -> list[Loop]:
         """Return every bound loop device."""
-        found = []
-        for folder in sorted((self.sys / "block").glob("loop*")):
-            path = _read(folder / "loop" / "backing_file")
-            device = self._device_in(folder)
-            backing = None if path is None else self._loop_backing(folder.name, path)
+        found: list[Loop] = []
+        try:
+            names = sorted(os.listdir(f"{self.sys}/block"))
+        except OSError:
+            return found
+        for name in names:
+            folder = f"{self.sys}/block/{name}"
+            # Most have none.
+            path = _read(folder, "loop/backing_file") if name.startswith("loop") else None
+            device = None if path is None else self._device_in(folder)
+            backing = None if path is None else self._loop_backing(name, path)
             if device is None or backing is None:
                 continue
-            start = _number(folder / "loop" / "offset")
-            limit = _number(folder / "loop" / "sizelimit")
+            start = _number(folder, "loop/offset")
+            limit = _number(folder, "loop/sizelimit")
             found.append(Loop(device, backing, start, start + limit if limit else _END))
         return found
 
     def _loop_backing(self, name: str, path: str) -> Node | None:
         with contextlib.suppress(OSError):
-            fd = os.open(self.dev / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(f"{self.dev}/{name}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 backing = blockdev.loop_backing(fd)
             finally:
@@ -222,11 +232,11 @@ class Topology(msgspec.Struct, frozen=True):
         folder = self.folder(node.device)
         if folder is None:
             return
-        if (folder / "partition").exists():
-            start = _number(folder / "start") * SECTOR_SIZE
-            end = start + _number(folder / "size") * SECTOR_SIZE
+        if _is_partition(folder):
+            start = _number(folder, "start") * SECTOR_SIZE
+            end = start + _number(folder, "size") * SECTOR_SIZE
             yield _shifted(extent, _device_node(self.disk_of(node.device)), start, end)
-        for slave in self._devices_in(folder / "slaves"):
+        for slave in self._devices_in(f"{folder}/slaves"):
             yield Extent(_device_node(slave), 0, _END, exact=False)
 
     def overlap(self, a: Node, b: Node) -> Node | None:
@@ -283,7 +293,7 @@ class Topology(msgspec.Struct, frozen=True):
             return
         for partition in self._partitions(node.device) if partitions else ():
             yield _device_node(partition), None  # a partition by itself is no use
-        for holder in self._devices_in(folder / "holders"):
+        for holder in self._devices_in(f"{folder}/holders"):
             path = self.name(holder)
             end = f"mdadm --stop {path}" if "/md" in path else f"dmsetup remove {path}"
             user = User(f"{self.name(node.device)} is part of {path}", f"`{end}` first")
@@ -292,7 +302,7 @@ class Topology(msgspec.Struct, frozen=True):
     def mount_point(self, device: int, *, writable_only: bool = False) -> str | None:
         """Return where the filesystem of a block device is mounted in this namespace."""
         number = f"{os.major(device)}:{os.minor(device)}"
-        for line in (_read(self.proc / "self" / "mountinfo") or "").splitlines():
+        for line in (_read(self.proc, "self/mountinfo") or "").splitlines():
             # 36 35 98:0 / /mnt rw,noatime master:1 - ext3 /dev/sda1 rw,errors=continue
             left, _, right = line.partition(" - ")
             fields, tail = left.split(), right.split()
@@ -315,7 +325,7 @@ class Topology(msgspec.Struct, frozen=True):
         return False
 
     def _swap_areas(self) -> Iterator[Node]:
-        for line in (_read(self.proc / "swaps") or "").splitlines()[1:]:
+        for line in (_read(self.proc, "swaps") or "").splitlines()[1:]:
             with contextlib.suppress(OSError, IndexError):
                 yield node_of(os.stat(_unescape(line.split()[0])))
 
@@ -327,7 +337,7 @@ class Topology(msgspec.Struct, frozen=True):
         The process that took the lock is named even when it is gone and the lock lives on.
         """
         key = f"{os.major(st.st_dev):02x}:{os.minor(st.st_dev):02x}:{st.st_ino}"
-        fields = (line.split() for line in (_read(self.proc / "locks") or "").splitlines())
+        fields = (line.split() for line in (_read(self.proc, "locks") or "").splitlines())
         # 1: FLOCK  ADVISORY  WRITE 1234 fd:00:5678 0 EOF; a waiter has "->" in the second place
         return [
             self._process(parts[4])
@@ -338,17 +348,18 @@ class Topology(msgspec.Struct, frozen=True):
     def openers(self, device: int, but: int | None = None) -> list[str]:
         """Return the other processes that have a block device open, but one of that number."""
         found = []
-        for folder in sorted(self.proc.iterdir()):
-            if not _PROC_NAME.fullmatch(folder.name) or int(folder.name) in (os.getpid(), but):
+        for pid in sorted(os.listdir(self.proc)):
+            if not pid.isdecimal() or int(pid) in (os.getpid(), but):
                 continue
             with contextlib.suppress(OSError):
-                links = (os.readlink(fd) for fd in (folder / "fd").iterdir())
+                folder = f"{self.proc}/{pid}/fd"
+                links = (os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder))
                 if any(self._is_device(link, device) for link in links):
-                    found.append(self._process(folder.name))
+                    found.append(self._process(pid))
         return found
 
     def _process(self, pid: str) -> str:
-        command = _read(self.proc / pid / "comm")
+        command = _read(self.proc, pid, "comm")
         return f"process {pid} ({command or 'gone'})"
 
 

@@ -258,7 +258,7 @@ def test_a_name_of_a_folder_that_is_missing(place: Path, image: Image):
 
 def test_a_device_that_is_missing_is_not_made_a_file(place: Path, image: Image):
     (place / "mapper").mkdir()
-    topology = Topology(dev=place)
+    topology = Topology(dev=str(place))
     for path in (place / "sdq", place / "mapper" / "x"):
         refused(path, image, "does not exist", "holds devices", "lsblk", topology=topology)
 
@@ -609,7 +609,8 @@ def test_a_swap_file(old: Path, image: Image, tmp_path: Path):
     proc = tmp_path / "proc"
     proc.mkdir()
     (proc / "swaps").write_text(f"Filename Type Size Used Priority\n{old} file 4 0 -2\n")
-    refused(old, image, "used as swap", "swapoff", code=Exit.BUSY, topology=Topology(proc=proc))
+    topology = Topology(proc=str(proc))
+    refused(old, image, "used as swap", "swapoff", code=Exit.BUSY, topology=topology)
 
 
 # the fence ----------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def test_the_last_word_is_ours(
 ) -> None:
     begun = threading.Event()
     thread = udev_comes(device, begun)
-    with node.Udev(control) as udev:
+    with node.Udev(str(control)) as udev:
         begun.set()
         node.give(device, resolve_owner(owner) if owner else (-1, -1), mode, udev)
     thread.join()
@@ -92,7 +92,7 @@ def test_the_last_word_is_ours(
 
 
 def test_who_asks_for_nothing_does_not_wait(device: str, control: Path) -> None:
-    with node.Udev(control) as udev:
+    with node.Udev(str(control)) as udev:
         began = time.monotonic()
         node.give(device, (-1, -1), 0o660, udev)
     assert time.monotonic() - began < node.WAIT_S / 2
@@ -100,7 +100,7 @@ def test_who_asks_for_nothing_does_not_wait(device: str, control: Path) -> None:
 
 
 def test_without_a_udev_nobody_waits(device: str, tmp_path: Path) -> None:
-    with node.Udev(tmp_path / "none") as udev:
+    with node.Udev(str(tmp_path / "none")) as udev:
         began = time.monotonic()
         node.give(device, (NOBODY, -1), 0o600, udev)
     assert time.monotonic() - began < node.WAIT_S / 2
@@ -110,7 +110,7 @@ def test_without_a_udev_nobody_waits(device: str, tmp_path: Path) -> None:
 def test_a_udev_that_does_not_answer_is_not_waited_for_for_ever(
     device: str, control: Path,
 ) -> None:
-    with node.Udev(control) as udev:
+    with node.Udev(str(control)) as udev:
         udev.wait_for(device, 0.05)
 
 
@@ -125,6 +125,6 @@ def test_words_about_something_else(words: bytes) -> None:
 
 
 def test_a_node_that_is_gone(tmp_path: Path) -> None:
-    with node.Udev(tmp_path / "none") as udev, pytest.raises(UbiError) as caught:
+    with node.Udev(str(tmp_path / "none")) as udev, pytest.raises(UbiError) as caught:
         node.give(str(tmp_path / "ublkb9"), (-1, -1), 0o600, udev)
     assert os.strerror(errno.ENOENT) in str(caught.value)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from ublk_ubi.topology import Node, Topology, node_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 class Machine:
@@ -23,7 +20,7 @@ class Machine:
             folder.mkdir(parents=True)
         self.mounts: list[str] = []
         self.partitions = 0
-        self.topology = Topology(self.sys, self.proc, self.dev)
+        self.topology = Topology(str(self.sys), str(self.proc), str(self.dev))
 
     def _device(self, folder: Path, major: int, minor: int) -> Node:
         folder.mkdir(parents=True)
@@ -57,7 +54,7 @@ class Machine:
     def folder(self, node: Node) -> Path:
         found = self.topology.folder(node.device)
         assert found is not None
-        return found
+        return Path(found)
 
     def mapped(self, kind: str, name: str, minor: int, *slaves: Node) -> Node:
         node = self.disk(f"{kind}-{minor}" if kind == "dm" else f"md{minor}", 253, minor)
@@ -350,7 +347,7 @@ def test_who_locks_a_file(machine: Machine, file: Path):
 
 
 def test_a_machine_without_procfs_and_sysfs(tmp_path: Path, file: Path):
-    topology = Topology(tmp_path / "s", tmp_path / "p", tmp_path / "d")
+    topology = Topology(*(str(tmp_path / name) for name in "spd"))
     assert topology.user_of(file_node(file)) is None
     assert topology.loops() == []
     assert topology.lockers(file.stat()) == []
