@@ -52,8 +52,9 @@ def prepare(payload: str, pythons: list[str]) -> None:
     for path, value in SETTINGS.items():
         with contextlib.suppress(FileNotFoundError), open(path, "w") as file:
             file.write(value)
+    for name in [name for name in os.environ if name.startswith("PYTHON")]:
+        del os.environ[name]  # the caller's: PYTHONDONTWRITEBYTECODE would have all compiled anew
     os.environ.update(ENVIRONMENT)
-    os.environ.pop("PYTHONPATH", None)
     os.makedirs(servers.PLACE)
     run("tar", "-xf", payload, "-C", servers.PLACE)
     make_venv(pythons)
