@@ -4,8 +4,9 @@ Nobody ever waits for an agent without a limit. One that is late gets SIGKILL, w
 once or, when it hangs in the kernel, as soon as the kernel lets go; a thread of its own collects it
 then, so that a long-lived daemon gathers no zombies. At exit nothing is joined.
 
-An agent is a program that is run (`AgentProcess(command)`), or, where there is none left to run,
-forked by an agent that was told to do that alone (`confine`, `fork`).
+An agent is a program that is run (`AgentProcess(command)`); a fork of this process, which costs a
+tenth of that (`forked_agent`); or, where nothing can be run or forked any more, a fork of an agent
+that was told to do that alone (`confine`, `fork`).
 """
 
 from __future__ import annotations
@@ -16,18 +17,16 @@ import os
 import select
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ublk_ubi import control_agent
 from ublk_ubi.errors import UbiError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 CONTROL_PATH = "/dev/ublk-control"
 
@@ -37,7 +36,7 @@ _BOOT = (
     "import sys; sys.path.append(sys.argv[1]); "
     "from ublk_ubi.control_agent import main; main(sys.argv[2])"
 )
-_PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent)
+_PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 _CLOSE_WAIT_S = 0.2
 
 
@@ -58,13 +57,15 @@ class AgentDiedError(UbiError):
     """The agent ended before it answered: what became of its command, nobody knows."""
 
 
-class Forked:
-    """A process that another one has forked, as far as Popen's ways are needed."""
+class _Process:
+    """An agent's process: a child, or what another agent has forked."""
 
-    def __init__(self, pid: int, sock: socket.socket) -> None:
+    def __init__(self, pid: int, sock: socket.socket, *, child: bool) -> None:
         """Watch it; raises OSError when that cannot be."""
         self.pid = pid
         self.socket = sock
+        self._child = child
+        self._status = 0
         self._fd = os.pidfd_open(pid)
 
     def kill(self) -> None:
@@ -73,44 +74,37 @@ class Forked:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._fd, signal.SIGKILL)
 
-    def poll(self) -> int | None:
-        """Return 0 once it has ended; how is its parent's to know."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.wait(0)
-        return None
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end, as Popen.wait."""
+    def wait(self, timeout_s: float | None = None) -> int | None:
+        """Wait for its end; None: not in time. Else its status, or 0: its parent's to know."""
         if self._fd >= 0:
             poll = select.poll()
             poll.register(self._fd, select.POLLIN)
-            if not poll.poll(None if timeout is None else timeout * 1000):
-                raise subprocess.TimeoutExpired("agent", timeout or 0)
+            if not poll.poll(None if timeout_s is None else timeout_s * 1000):
+                return None
+            if self._child:
+                self._status = _collect(self.pid)
             os.close(self._fd)
             self._fd = -1
-        return 0
+        return self._status
 
 
 class AgentProcess:
     """One agent; used by one thread at a time."""
 
-    def __init__(self, program: Sequence[str] | Forked) -> None:
+    def __init__(self, program: Sequence[str] | _Process) -> None:
         """Start it without waiting for it, or take over one that was forked.
 
         Raises UbiError when it cannot be started.
         """
         self._ready = False
-        self._process: subprocess.Popen[bytes] | Forked
-        if isinstance(program, Forked):
-            self._socket, self._process = program.socket, program
-        else:
-            self._socket, self._process = _start(program)
+        self._process = program if isinstance(program, _Process) else _start(program)
+        self._socket = self._process.socket
         self.pid = self._process.pid
 
     @property
     def ended(self) -> bool:
         """Whether it is there no more."""
-        return self._process.poll() is not None
+        return self._process.wait(0) is not None
 
     def confine(self, namespace_fd: int, deadline: float) -> None:
         """Shut it in, in that mount namespace (-1: it stays where it is). Raises OSError."""
@@ -124,7 +118,7 @@ class AgentProcess:
         try:
             pid, _ = self.call(control_agent.FORK, bytes(32), b"", deadline, fd=theirs.fileno())
             if pid > 0:
-                return AgentProcess(Forked(pid, ours))
+                return AgentProcess(_Process(pid, ours, child=False))
         except BaseException:
             ours.close()
             raise
@@ -200,9 +194,8 @@ class AgentProcess:
         return kind, value, data
 
     def _exit_status(self) -> str:
-        try:
-            status = self._process.wait(_CLOSE_WAIT_S)
-        except subprocess.TimeoutExpired:
+        status = self._process.wait(_CLOSE_WAIT_S)
+        if status is None:
             return ""
         return f" (signal {-status})" if status < 0 else f" (exit status {status})"
 
@@ -210,7 +203,7 @@ class AgentProcess:
         """Give it up, whatever it does: returns at once, collects it when it has ended."""
         self._socket.close()
         self._process.kill()
-        if self._process.poll() is None:
+        if not self.ended:
             name = f"reap-{self.pid}"
             threading.Thread(target=self._process.wait, name=name, daemon=True).start()
 
@@ -218,39 +211,76 @@ class AgentProcess:
         """End an idle agent; waits a moment for it, and abandons it after that."""
         self._socket.close()
         self._process.kill()
-        try:
-            self._process.wait(_CLOSE_WAIT_S)
-        except subprocess.TimeoutExpired:
+        if self._process.wait(_CLOSE_WAIT_S) is None:
             self.abandon()
 
     def descriptors(self) -> dict[int, str]:
         """Return what the agent has open, by number: a look into /proc, for tests and doctor."""
-        folder = Path(f"/proc/{self.pid}/fd")
-        return {int(entry.name): os.readlink(entry) for entry in folder.iterdir()}
+        folder = f"/proc/{self.pid}/fd"
+        return {int(fd): os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)}
 
 
-def _start(command: Sequence[str]) -> tuple[socket.socket, subprocess.Popen[bytes]]:
-    """Run an agent; return our end of its socket. Raises UbiError."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
+def _start(command: Sequence[str]) -> _Process:
+    """Run an agent. Raises UbiError."""
+    import subprocess  # a daemon forks its agents
+
+    def run(their_fd: int) -> int:
         # Standard error goes nowhere: an abandoned agent would hold a caller's pipe open for as
         # long as it hangs. Its own session: a Ctrl-C is for us. /: it pins no file system.
         process = subprocess.Popen(
             list(command),
-            stdin=theirs.fileno(),
+            stdin=their_fd,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
             close_fds=True,
             start_new_session=True,
         )
+        process.returncode = 0  # its end is seen by _Process
+        return process.pid
+
+    return _begun(run, f"cannot start the ublk control helper {command[0]}")
+
+
+def forked_agent(control_path: str = CONTROL_PATH) -> AgentProcess:
+    """Fork an agent, which has nothing open of this process's. Raises UbiError.
+
+    This process has one thread, so that nothing is amid a change in its copy.
+    """
+    def fork(their_fd: int) -> int:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                control_agent.become(their_fd, control_path)
+            finally:
+                os._exit(1)
+        return pid
+
+    return AgentProcess(_begun(fork, "cannot fork the ublk control helper"))
+
+
+def _begun(begin: Callable[[int], int], failure: str) -> _Process:
+    """Have a child begin, which is given its end of a socket. Raises UbiError."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = 0
+    try:
+        pid = begin(theirs.fileno())
+        return _Process(pid, ours, child=True)
     except OSError as error:
         ours.close()
-        message = f"cannot start the ublk control helper {command[0]}: {error.strerror}"
-        raise UbiError(message) from None
+        if pid:
+            _collect(pid)  # it sees that nobody is there
+        raise UbiError(f"{failure}: {error.strerror}") from None
     finally:
         theirs.close()
-    return ours, process
+
+
+def _collect(pid: int) -> int:
+    """Wait for a child; returns its status, 0 if nobody knows it any more."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except ChildProcessError:
+        return 0
 
 
 def _remaining_s(deadline: float) -> float:

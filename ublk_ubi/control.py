@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING, Self
@@ -27,6 +26,7 @@ from ublk_ubi.agent_process import (
     AgentLateError,
     AgentProcess,
     default_command,
+    forked_agent,
 )
 from ublk_ubi.device_params import AddParams, DeviceParams, DevInfo, DevNumbers, dev_numbers
 from ublk_ubi.errors import Exit, UbiError
@@ -107,21 +107,26 @@ class Control:
     """Control commands on one /dev/ublk-control; a context manager. Times are seconds."""
 
     def __init__(
-        self, control_path: str = CONTROL_PATH, agent_command: Sequence[str] | None = None,
+        self, control_path: str = CONTROL_PATH, agent_command: Sequence[str] | None = None, *,
+        fork: bool = False,
     ) -> None:
         """Start the first agent, so that it is ready when a command comes; checks nothing.
 
-        `agent_command` puts another program in the agent's place (tests). Make it after the
-        process has become a daemon: an agent ends with the process that started it.
+        `agent_command` puts another program in the agent's place (tests). `fork`: it may be a fork
+        of this process, if that has one thread. Make it after the process has become a daemon: an
+        agent ends with the process that started it.
         """
         self._command = list(agent_command or default_command(control_path))
         self._lock = threading.Lock()
-        self._idle: list[AgentProcess] | None = [AgentProcess(self._command)]
+        fork = fork and threading.active_count() == 1
+        first = forked_agent(control_path) if fork else AgentProcess(self._command)
+        self._idle: list[AgentProcess] | None = [first]
         self._mother: AgentProcess | None = None
 
     @classmethod
     def open(
         cls, control_path: str = CONTROL_PATH, modprobe: Sequence[str] = ("modprobe", "ublk_drv"),
+        *, fork: bool = False,
     ) -> Self:
         """Check that ublk can be had here, load its driver if need be, and return a Control.
 
@@ -131,7 +136,7 @@ class Control:
             raise UbiError("ublk devices are made by root (CAP_SYS_ADMIN): run it with sudo")
         if not os.path.exists(control_path):
             _load_driver(control_path, modprobe)
-        return cls(control_path)
+        return cls(control_path, fork=fork)
 
     def __enter__(self) -> Self:
         """Return itself; leaving the block closes it."""
@@ -479,6 +484,8 @@ def has_capability(number: int) -> bool:
 
 def _load_driver(control_path: str, modprobe: Sequence[str]) -> None:
     """Load the driver once, and explain it when the control device is still missing."""
+    import subprocess
+
     try:
         run = subprocess.run(
             list(modprobe), check=False, capture_output=True, timeout=MODPROBE_TIMEOUT_S,

@@ -28,6 +28,7 @@ from __future__ import annotations
 import _socket
 import ctypes
 import errno
+import gc
 import os
 import select
 import struct
@@ -48,7 +49,7 @@ MAX_PACKET = REQUEST.size + MAX_BUFFER
 ADDR_OFFSET = 8
 """Where `addr` lies in struct ublksrv_ctrl_cmd: the agent alone knows the buffer's address."""
 
-_STDIN = 0
+_STDIN, _STDOUT, _STDERR = 0, 1, 2
 _BLOCK = 6  # S_IFBLK, in the type's four bits
 _IGNORED_SIGNALS = (1, 2, 15, 30)  # SIGHUP, SIGINT, SIGTERM, SIGPWR
 _SIG_IGN = 1
@@ -194,6 +195,20 @@ def serve(control_fd: int) -> None:
             send(RESULT, openers(int.from_bytes(command[:8], sys.byteorder)))
         else:
             send(RESULT, *execute(ring, control_fd, packet))
+
+
+def become(their_fd: int, control_path: str) -> None:
+    """Be an agent in a fork of another process, of which only memory is left; does not return."""
+    ignore_signals()
+    gc.freeze()  # what is the parent's stays shared, and closes no descriptor by its end
+    os.setsid()
+    os.chdir("/")
+    os.dup2(their_fd, _STDIN)
+    null_fd = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null_fd, _STDOUT)
+    os.dup2(null_fd, _STDERR)
+    os.closerange(_STDERR + 1, os.sysconf("SC_OPEN_MAX"))
+    main(control_path)
 
 
 def main(control_path: str) -> None:

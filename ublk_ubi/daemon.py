@@ -566,7 +566,7 @@ def main(argv: list[str] | None = None) -> int:
     control = None
     try:
         if go_fd is not None:
-            control = Control.open()
+            control = Control.open(fork=True)
             control.get_features()
             os.write(ready_fd, b'{"ready": true}\n')
             if not os.read(go_fd, 1):

@@ -127,7 +127,7 @@ class Session(TableHost):
         options = self.options
         self._cpus = usable_cpus("--cpus", options.cpus)
         self._hydrator_cpus = usable_cpus("--hydrator-cpus", options.hydrator_cpus)
-        control = self._undo.enter_context(self._control or Control.open())
+        control = self._undo.enter_context(self._control or Control.open(fork=True))
         self.device = KernelDevice(control, options)
         self.claim = runtime.claim(options.name, base=self.places["base"])
         try:

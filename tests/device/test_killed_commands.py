@@ -35,7 +35,7 @@ STRIPE = 64 << 10
 SIZE = 4 * MIB
 SETTLE_S = 60.0
 # Of helpers' steps: answers to ADD_DEV and, when one was forked that stands ready, START_DEV.
-ADDED, STARTED = 6, 13
+ADDED, STARTED = 7, 14
 pytestmark = [
     pytest.mark.cpus(2), pytest.mark.usefixtures("no_watch"),
     pytest.mark.limit(200 if POINTS == 1 else 3000),

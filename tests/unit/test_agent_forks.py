@@ -1,4 +1,4 @@
-"""Agents that are forked by another one: what a daemon has that can run no program any more.
+"""Agents that are forked: by a daemon, and by another agent once it can run no program any more.
 
 The real agent, on /dev/null: it takes io_uring commands, and knows none.
 """
@@ -9,6 +9,7 @@ import contextlib
 import errno
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ublk_ubi import control_agent
-from ublk_ubi.agent_process import AgentGoneError, AgentProcess, default_command
+from ublk_ubi.agent_process import (
+    AgentGoneError,
+    AgentProcess,
+    default_command,
+    forked_agent,
+)
 from ublk_ubi.control import Control, ControlError
 from ublk_ubi.errors import UbiError
 
@@ -42,6 +48,76 @@ def wait_until_ended(pid: int) -> None:
             return
         time.sleep(0.01)
     raise AssertionError(f"process {pid} has not ended")
+
+
+def facts(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def test_a_fork_of_ours_has_nothing_of_ours(tmp_path: Path) -> None:
+    """It answers as one that is run, and has nothing else: no file, folder, session, terminal."""
+    inherited = os.open(tmp_path, os.O_RDONLY)
+    os.set_inheritable(inherited, True)
+    run, forked = AgentProcess(default_command("/dev/null")), forked_agent("/dev/null")
+    try:
+        for agent in (run, forked):
+            agent.call(0xC0207504, bytes(32), b"buffer", soon())
+        assert sorted(forked.descriptors()) == sorted(run.descriptors())
+        kinds = [
+            sorted(path.split("[")[0].split(":")[0] for path in agent.descriptors().values())
+            for agent in (run, forked)
+        ]
+        assert kinds[0] == kinds[1]
+        assert os.readlink(f"/proc/{forked.pid}/cwd") == "/"
+        assert os.getsid(forked.pid) == forked.pid
+        assert facts(forked.pid)["SigIgn"] == facts(run.pid)["SigIgn"]
+    finally:
+        for agent in (run, forked):
+            agent.close()
+        os.close(inherited)
+
+
+def test_a_fork_of_ours_ends_with_us_and_is_collected() -> None:
+    agent = forked_agent("/dev/null")
+    agent.wait_ready(soon())
+    agent._socket.close()
+    assert agent._process.wait(LIMIT_S) == 0
+    with pytest.raises(ChildProcessError):
+        os.waitpid(agent.pid, os.WNOHANG)
+    killed = forked_agent("/dev/null")
+    os.kill(killed.pid, signal.SIGKILL)
+    with pytest.raises(UbiError, match=r"helper ended before it was ready \(signal 9\)"):
+        killed.wait_ready(soon())
+    killed.abandon()
+
+
+def test_a_fork_of_ours_tells_what_it_lacks(tmp_path: Path) -> None:
+    agent = forked_agent(str(tmp_path / "control"))
+    with pytest.raises(UbiError, match="control: No such file or directory"):
+        agent.wait_ready(soon())
+    agent.close()
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_the_first_agent_is_forked_where_nothing_else_runs(threads: int) -> None:
+    over = threading.Event()
+    others = [threading.Thread(target=over.wait) for _ in range(threads)]
+    for other in others:
+        other.start()
+    try:
+        with Control("/dev/null", fork=True) as opened:
+            asks(opened)
+            [first] = opened._idle or []
+            words = Path(f"/proc/{first.pid}/cmdline").read_bytes()
+            assert (b"control_agent" in words) == bool(threads)
+            os.kill(first.pid, signal.SIGKILL)  # another one takes its place
+            wait_until_ended(first.pid)
+            asks(opened)
+    finally:
+        over.set()
+        for other in others:
+            other.join()
 
 
 @pytest.fixture

@@ -120,6 +120,15 @@ STEP(int, bind, (int fd, const struct sockaddr *to, socklen_t length), (fd, to, 
 STEP(int, listen, (int fd, int backlog), (fd, backlog), "")
 STEP(int, memfd_create, (const char *name, unsigned flags), (name, flags), name)
 
+/* A daemon's first helper is a fork of it. */
+pid_t fork(void)
+{
+    pid_t pid = REAL(fork)();
+    if (pid == 0 && own == DAEMON)
+        own = HELPER;
+    return pid;
+}
+
 ssize_t write(int fd, const void *data, size_t length)
 {
     if (fd != STDERR_FILENO)
