@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import shlex
 import time
+from _blake2 import blake2b  # hashlib would load OpenSSL to look for a faster one
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 import msgspec
@@ -309,7 +309,7 @@ def fingerprint(fd: int, size: int) -> bytes:
         (_SAMPLE_SIZE * (blocks * i // (_SAMPLE_COUNT + 1)), _SAMPLE_SIZE)
         for i in range(1, _SAMPLE_COUNT + 1)
     ]
-    digest = hashlib.blake2b(digest_size=FINGERPRINT_SIZE, person=b"ublk-ubi image 1")
+    digest = blake2b(digest_size=FINGERPRINT_SIZE, person=b"ublk-ubi image 1")
     digest.update(size.to_bytes(8, "little"))
     # a descriptor of its own, as O_DIRECT would want aligned buffers
     buffered = reopen(fd, os.O_RDONLY)

@@ -41,7 +41,7 @@ STOP_WAIT_S = 10.0
 _END_WAIT_S = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LOG_TAIL = 4096
-_LOG_TIME = re.compile(r"^[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9:]{8} ")
+_LOG_TIME = r"^[0-9]{4}-[0-9]{2}-[0-9]{2} [0-9:]{8} "
 _PATIENCE_MS = 500
 
 
@@ -169,7 +169,7 @@ class _Told:
         for line in text[: text.rfind(b"\n") + 1].splitlines(keepends=True):
             self._position += len(line)
             if self._notice and line.strip():
-                self._notice(_LOG_TIME.sub("", line.decode(errors="replace").strip()))
+                self._notice(re.sub(_LOG_TIME, "", line.decode(errors="replace").strip()))
 
 
 class _Interrupts(NamedTuple):

@@ -13,8 +13,8 @@ from ublk_ubi import runtime, udev
 from ublk_ubi.errors import Exit, UbiError
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_DEVICE = re.compile(r"ublkb([0-9]+)", re.ASCII)
-_PARTITION = re.compile(r"(ublkb[0-9]+)p[0-9]+", re.ASCII)
+_DEVICE = r"ublkb([0-9]+)"
+_PARTITION = r"(ublkb[0-9]+)p[0-9]+"
 _SHOWN = 10  # names in an error message
 
 
@@ -50,7 +50,7 @@ def publish_link(name: str, dev_id: int) -> str:
         raise UbiError(message) from None
     try:
         found = _link_target(folder_fd, name)
-        if found is not None and not _DEVICE.fullmatch(os.path.basename(found)):
+        if found is not None and not re.fullmatch(_DEVICE, os.path.basename(found)):
             raise UbiError(f"{link_path(name)} is in the way: it is not a link to a ublk device")
         temporary = f".{name}.{os.getpid()}"
         with contextlib.suppress(FileNotFoundError):
@@ -107,12 +107,12 @@ def _resolve_path(target: str, devices: list[runtime.Device]) -> runtime.Device:
     real = os.path.realpath(path)
     if os.path.dirname(real) == os.path.realpath(device_root()):
         base = os.path.basename(real)
-        if part := _PARTITION.fullmatch(base):
+        if part := re.fullmatch(_PARTITION, base):
             raise UbiError(
                 f"{target!r} is a partition: name its disk, {device_root()}/{part[1]}",
                 Exit.NO_DEVICE,
             )
-        if match := _DEVICE.fullmatch(base):
+        if match := re.fullmatch(_DEVICE, base):
             return _by_id(int(match[1]), target, devices)
     raise _no_device(target, devices)
 

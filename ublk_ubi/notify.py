@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import socket
 import threading
 import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable, Iterator
 
 VARIABLE = "NOTIFY_SOCKET"
@@ -36,6 +36,8 @@ class Manager:
         self._is_ending = False
         if address is None or address[:1] not in ("/", "@"):
             return
+        import socket  # commands import this module for its VARIABLE
+
         self._socket = socket.socket(
             socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK,
         )
@@ -70,6 +72,8 @@ class Manager:
         """Wait until all that was told has been heard (sd_notify_barrier)."""
         if self._socket is None:
             return
+        import socket
+
         read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
         try:
             with contextlib.suppress(OSError):

@@ -21,7 +21,6 @@ import selectors
 import socket
 import stat
 import time
-import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -296,9 +295,9 @@ class Server:
             self._settle(client)
         except OSError:
             self._drop(client)
-        except Exception:
+        except Exception as error:
             # A fault of ours with one client must not take a disk down.
-            self._report(f"control socket: client dropped: {traceback.format_exc()}")
+            self._report(f"control socket: client dropped: {_described(error)}")
             self._drop(client)
 
     def _receive(self, client: _Client) -> None:
@@ -417,8 +416,8 @@ class Server:
             return request_id, _success(request_id, result)
         except UbiError as error:
             return request_id, _failure(request_id, error)
-        except Exception:
-            self._report(f"control socket: {request.method} failed: {traceback.format_exc()}")
+        except Exception as error:
+            self._report(f"control socket: {request.method} failed: {_described(error)}")
             return request_id, _failure_text(request_id, INTERNAL_ERROR, "internal error: see log")
 
     def _deliver(self, client: _Client, answer: Deferred, data: bytes) -> None:
@@ -547,3 +546,14 @@ def _failure_text(
 ) -> bytes:
     body = msgspec.json.encode(Error(code, message, data))
     return b'{"jsonrpc":"2.0","id":' + (request_id or b"null") + b',"error":' + body + b"}\n"
+
+
+def _described(error: BaseException) -> str:
+    """Say what failed and where: a live daemon has no sources for `traceback` to read."""
+    places = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        places.append(f"{code.co_filename}:{trace.tb_lineno} {code.co_name}")
+        trace = trace.tb_next
+    return f"{error!r} at {' > '.join(places)}"

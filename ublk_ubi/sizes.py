@@ -9,7 +9,7 @@ from ublk_ubi.errors import Exit, UbiError
 MAX_SIZE = (1 << 63) - 1
 
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40, "P": 50, "E": 60}
-_NUMBER = re.compile(r"([+-]?)([0-9]+)(?:\.([0-9]+))? ?([A-Za-z]*)", re.ASCII)
+_NUMBER = r"([+-]?)([0-9]+)(?:\.([0-9]+))? ?([A-Za-z]*)"
 _MAX_LENGTH = 40  # characters; nothing that long can be a size, and int() on it would take its time
 
 
@@ -19,7 +19,7 @@ def parse_size(text: str) -> int:
     Decimal units (`5GB`) are refused: half the world means 1000 by them and half 1024.
     Raises UbiError (usage) with the value and what to write instead.
     """
-    match = _NUMBER.fullmatch(text.strip()) if len(text) <= _MAX_LENGTH else None
+    match = re.fullmatch(_NUMBER, text.strip()) if len(text) <= _MAX_LENGTH else None
     if match is None:
         shown = text if len(text) <= _MAX_LENGTH else text[:_MAX_LENGTH] + "…"
         raise _refusal(f"{shown!r} is not a size: write bytes, or a number and K, M, G or T: 5G")

@@ -30,7 +30,7 @@ TIMEOUT_S = 150.0
 """More than a unit may take to stop: ublk-ubi@.service has 120 s."""
 
 ASK_TIMEOUT_S = 5.0
-_UNIT = re.compile(r"ublk-ubi@([A-Za-z0-9][A-Za-z0-9_.-]{0,63})\.service", re.ASCII)
+_UNIT = r"ublk-ubi@([A-Za-z0-9][A-Za-z0-9_.-]{0,63})\.service"
 _SCOPE_SETTINGS = (
     # What uses the disk goes first: SIGPWR lets the daemon wait for that (signals.py).
     "KillSignal=SIGPWR",
@@ -64,7 +64,7 @@ def unit_in(cgroups: str) -> str | None:
     for line in cgroups.splitlines():
         _, _, path = line.split(":", 2)
         for part in reversed(path.split("/")):
-            if _UNIT.fullmatch(part):
+            if part.startswith("ublk-ubi@") and re.fullmatch(_UNIT, part):
                 return part
     return None
 
@@ -74,10 +74,12 @@ def unit_in(cgroups: str) -> str | None:
 
 def scope(what: str, options: DeviceOptions | None = None) -> list[str]:
     """Give the words before a command that put it into a unit of its own; none where it has one."""
-    import shutil
+    if not is_in_charge() or own_unit() is not None:
+        return []
+    import shutil  # which has compressors come along
 
     program = shutil.which("systemd-run")
-    if not is_in_charge() or own_unit() is not None or program is None:
+    if program is None:
         return []
     settings = list(_SCOPE_SETTINGS)
     settings.extend(

@@ -20,7 +20,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from ublk_ubi import hygiene, runtime
+from ublk_ubi import runtime
 from ublk_ubi.errors import UbiError
 from ublk_ubi.launch import environment, let_go
 from ublk_ubi.log import log, standard
@@ -177,6 +177,8 @@ def last_line(device: Device) -> str:
 
 def main() -> int:
     """Run in the background until there is nothing to watch."""
+    from ublk_ubi import hygiene  # not for `add`, which starts this
+
     standard().keep_bounded()
     hygiene.close_inherited()
     hygiene.settle(log)
