@@ -21,7 +21,7 @@ Stripes behind the image's end are DURABLE from the start: there is nothing to c
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from ublk_ubi._atomic cimport ensure, load_u32, load_u8
 
@@ -163,6 +163,17 @@ cdef inline uint8_t stripe_state(Shared* shared, uint32_t stripe) noexcept nogil
     if stripe >= shared.image_stripes:
         return DURABLE
     return load_u8(&shared.state[stripe]) & STATE_MASK
+
+
+cdef inline uint32_t next_known(Shared* shared, uint32_t stripe) noexcept nogil:
+    """`stripe` of the image, or a later one: those between are ABSENT. Eight are seen in a look."""
+    cdef uint64_t eight
+    while not stripe & 7 and stripe + 8 <= shared.image_stripes:
+        memcpy(&eight, shared.state + stripe, sizeof(eight))
+        if eight != 0:
+            break
+        stripe += 8
+    return stripe
 
 
 cdef inline uint32_t stripe_at(Shared* shared, uint64_t offset) noexcept nogil:

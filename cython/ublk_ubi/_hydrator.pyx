@@ -11,7 +11,7 @@ from ublk_ubi._core cimport (
     EVENT_MESSAGE, EVENT_START, EVENT_STOP, EVENT_TICK, FETCHING, IN_ROUND, MEM_PAGE, MEM_STRIPE,
     MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN, NONE32,
     OVERWRITING, PAGE, PRESENT, QUEUED, WANTED, Action, Actions, Event, Shared, emit, image_lost,
-    stripe_offset,
+    next_known, stripe_offset,
 )
 from ublk_ubi._waiting cimport (
     answer, bucket, fifo_pop, fifo_push, has_waiter, list_append, waiter_id, waiting_init,
@@ -45,7 +45,8 @@ cdef void hydrator_init(Hydrator* hydrator, Shared* shared,
     ensure(header_page(shared.image_stripes - 1) < memory.page_count,
            b"there is a shadow page for every stripe")
     hydrator.free_page_tokens = (1 << PAGE_WINDOW) - 1
-    for i in range(shared.image_stripes):
+    i = next_known(shared, 0)
+    while i < shared.image_stripes:
         state = shared.state[i]
         if state == PRESENT:
             hydrator.page_present[header_page(i)] += 1
@@ -56,6 +57,7 @@ cdef void hydrator_init(Hydrator* hydrator, Shared* shared,
             hydrator.stats.durable += 1
         else:
             ensure(state == ABSENT, b"a device opens with ABSENT, PRESENT and DURABLE stripes")
+        i = next_known(shared, i + 1)
     ensure(load_i64(&shared.undurable) == hydrator.present_count,
            b"undurable counts the PRESENT stripes")
 
