@@ -16,7 +16,12 @@ an upgrade. Then it stands by, and goes on itself if no other daemon has come up
 
 from __future__ import annotations
 
+import ublk_ubi.late  # noqa: F401 - before what it puts off
+
+# isort: split
+
 import contextlib
+import gc
 import os
 import select
 import selectors
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
 
     from ublk_ubi.options import DeviceOptions
 
+GC_THRESHOLD = (700, 10, 10)       # Python's own; see late.py
 LINGER_S = 2.0
 SECOND_SIGNAL_S = 5.0
 STAND_BY_S = 60.0
@@ -542,6 +548,8 @@ def run(
         signal.raise_signal(signal_number)
     if manager.listens:
         manager.ready(summary(session, "live"))
+    gc.freeze()  # what there is by now stays; garbage of serving is small, and goes soon
+    gc.set_threshold(*GC_THRESHOLD)
     return serve_to_the_end(session, daemon, manager)
 
 

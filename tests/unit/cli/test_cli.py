@@ -687,6 +687,45 @@ def test_nothing_is_imported_in_vain(words: str) -> None:
         assert "ublk_ubi.runtime" not in imported
 
 
+# What msgspec would take, and a user need not have, is not counted.
+ADD_IMPORTS = """
+import sys
+sys.modules["typing_extensions"] = None
+from ublk_ubi.cli import main
+from ublk_ubi import launch
+launch.daemon_command = lambda: [sys.executable, {fake!r}]
+main(["add", "--image", "/normal", "--base", "/vm.base"])
+"""
+DAEMON_IMPORTS = """
+import sys
+sys.modules["typing_extensions"] = None
+import ublk_ubi.daemon
+"""
+# Each takes several of the hundred million instructions that an import of all takes.
+IN_VAIN = {
+    "asyncio", "ast", "dis", "email", "hashlib", "http", "inspect", "linecache", "logging",
+    "pathlib", "platform", "random", "rich", "shutil", "ssl", "tempfile", "textwrap", "tokenize",
+    "traceback", "urllib.parse",
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "in_vain"),
+    [(ADD_IMPORTS.format(fake=str(FAKE)), IN_VAIN | {"ctypes", "socket", "ublk_ubi.daemon"}),
+     (DAEMON_IMPORTS, IN_VAIN | {"click", "gettext", "locale", "subprocess"})],
+    ids=["add", "daemon"],
+)
+def test_add_and_its_daemon_import_little(code: str, in_vain: set[str], roots: Path) -> None:
+    (roots / "run").mkdir(mode=0o700)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code],
+        capture_output=True, text=True, check=True,
+    )
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "msgspec" in imported
+    assert sorted(imported & in_vain) == []
+
+
 # parts ---------------------------------------------------------------------------------------
 
 
