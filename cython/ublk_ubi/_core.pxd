@@ -55,6 +55,7 @@ cdef enum EventKind:
     EVENT_STOP = 6
     EVENT_HYDRATE = 7              # hydrator: op 1: copy all of the image, 0: pause
     EVENT_BUDGET = 8               # hydrator: offset: bytes that it may still copy unasked
+    EVENT_ROUND = 9                # hydrator: the round that is due may begin
 
 cdef enum Operation:               # as ublk numbers them
     OP_READ = 0

@@ -18,6 +18,10 @@ Commit round, one at a time
     the joiners' list is closed → D = PRESENT stripes → fdatasync → D's bits into the shadow pages,
     pages written → fdatasync → D is DURABLE, the joiners are answered
 
+A round is due while somebody waits for one and none runs. When it begins is its owner's to say
+(EVENT_ROUND): who joins until then shares it. A tick, and starting and stopping, begin rounds of
+their own accord.
+
 Background hydration goes through the image in passes, as fast as EVENT_BUDGET allows, with at most
 half of the buffers. A pass ends with the last of its copies; stripes that fail are passed over, and
 the next pass begins after 1, 2, 4 … 64 ticks. A base that is full ends a pass at once. There are no
@@ -27,6 +31,8 @@ Invariants
 - A header bit is written only after an fdatasync that began after its stripe's data was complete.
 - Shadow pages hold bits of DURABLE stripes and of D only; other bytes stay as found on the base.
 - D is taken after the joiners are closed: what was PRESENT when a joiner came is in D or DURABLE.
+- A joiner is answered by a round that begins after it has come, or with EIO once latched. Who
+  waits for a round that nobody has begun yet makes it due.
 - `undurable` counts a stripe before it is seen PRESENT and until its round has ended well.
 - After a failed fdatasync (the latch) no bit is written and every joiner gets EIO.
 - Demand always has a stripe buffer: others leave `reserve` of them alone.
@@ -36,7 +42,7 @@ Invariants
 
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from ublk_ubi._core cimport STATE_MASK, Actions, Event, Shared
+from ublk_ubi._core cimport NONE32, STATE_MASK, Actions, Event, Shared
 
 cdef enum:
     # Page writes in flight at once.
@@ -114,6 +120,7 @@ cdef struct Hydrator:
     uint32_t bucket_mask
     Fifo demand
     Fifo wanted
+    uint32_t arriving              # requests that wait for a stripe, or overwrite one as a whole
     WaiterList joining             # will be served by the next round
     WaiterList joined              # are served by the running one
     uint8_t* pages                 # shadow of the header pages
@@ -181,6 +188,11 @@ cdef inline uint32_t page_end_stripe(Hydrator* hydrator, uint32_t page) noexcept
     """The stripe behind the last whose header lies in `page`."""
     cdef uint32_t end = page_first_stripe(page + 1)
     return end if end < hydrator.shared.image_stripes else hydrator.shared.image_stripes
+
+
+cdef inline bint round_due(const Hydrator* hydrator) noexcept nogil:
+    """Somebody has joined, and no round runs: EVENT_ROUND is waited for."""
+    return hydrator.joining.first != NONE32 and hydrator.round == ROUND_IDLE
 
 
 cdef inline uint8_t state_of(Hydrator* hydrator, uint32_t stripe) noexcept nogil:

@@ -8,13 +8,14 @@ from ublk_ubi._atomic cimport add_i64, ensure, load_i64, load_u32, set_once_u32,
 from ublk_ubi._core cimport (
     ABSENT, ACT_HYDRATED, ACT_READ_IMAGE, ACT_STARTED, ACT_STOPPED, ACT_SYNC_BASE, ACT_WRITE_BASE,
     ACT_ZERO_BASE, CLAIMED, DATA_OFFSET, DURABLE, EVENT_BUDGET, EVENT_DONE, EVENT_HYDRATE,
-    EVENT_MESSAGE, EVENT_START, EVENT_STOP, EVENT_TICK, FETCHING, IN_ROUND, MEM_PAGE, MEM_STRIPE,
-    MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN, NONE32,
-    OVERWRITING, PAGE, PRESENT, QUEUED, WANTED, Action, Actions, Event, Shared, emit, image_lost,
-    next_known, stripe_offset,
+    EVENT_MESSAGE, EVENT_ROUND, EVENT_START, EVENT_STOP, EVENT_TICK, FETCHING, IN_ROUND, MEM_PAGE,
+    MEM_STRIPE, MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN,
+    NONE32, OVERWRITING, PAGE, PRESENT, QUEUED, WANTED, Action, Actions, Event, Shared, emit,
+    image_lost, next_known, stripe_offset,
 )
 from ublk_ubi._waiting cimport (
-    answer, bucket, fifo_pop, fifo_push, has_waiter, list_append, waiter_id, waiting_init,
+    answer, answer_all, bucket, fifo_pop, fifo_push, has_waiter, list_append, waiter_id,
+    waiting_init,
 )
 
 
@@ -105,6 +106,7 @@ cdef void wake(Hydrator* hydrator, uint32_t stripe, int32_t result,
         if hydrator.waiters[node].stripe != stripe:
             list_append(hydrator, waiting, node)
         elif result >= 0 or hydrator.waiters[node].asked != MSG_CLAIM:
+            hydrator.arriving -= 1
             answer(hydrator, node, MSG_GRANT, result, actions)
         elif state_of(hydrator, stripe) == ABSENT:
             set_state(hydrator, stripe, OVERWRITING)
@@ -379,7 +381,7 @@ cdef void start_pages(Hydrator* hydrator, Actions* actions) noexcept nogil:
 
 cdef void end_round(Hydrator* hydrator, int32_t result, Actions* actions) noexcept nogil:
     """D is DURABLE, or as before; the joiners are answered either way."""
-    cdef uint32_t page, stripe, node
+    cdef uint32_t page, stripe
     cdef bint good = result >= 0
     for page in range(hydrator.page_count):
         if hydrator.page_round[page] == 0:
@@ -398,11 +400,7 @@ cdef void end_round(Hydrator* hydrator, int32_t result, Actions* actions) noexce
         hydrator.stats.round_errors += 1
     hydrator.round_count = 0
     hydrator.round = ROUND_IDLE
-    while hydrator.joined.first != NONE32:
-        node = hydrator.joined.first
-        hydrator.joined.first = hydrator.waiters[node].next
-        hydrator.stats.joined += 1
-        answer(hydrator, node, MSG_DONE, 0 if good else result, actions)
+    hydrator.stats.joined += answer_all(hydrator, &hydrator.joined, 0 if good else result, actions)
     after_round(hydrator, result, actions)
 
 
@@ -456,11 +454,15 @@ cdef inline bint latched(Hydrator* hydrator) noexcept nogil:
 
 cdef void fail_joiners(Hydrator* hydrator, Actions* actions) noexcept nogil:
     """Once latched, those that wait for the next round wait for nothing."""
-    cdef uint32_t node
-    while hydrator.joining.first != NONE32:
-        node = hydrator.joining.first
-        hydrator.joining.first = hydrator.waiters[node].next
-        answer(hydrator, node, MSG_DONE, -EIO, actions)
+    answer_all(hydrator, &hydrator.joining, -EIO, actions)
+
+
+cdef void commit(Hydrator* hydrator, Actions* actions) noexcept nogil:
+    """No round runs: begin one if there is anything to it, or anybody waits for it."""
+    if latched(hydrator):
+        fail_joiners(hydrator, actions)
+    elif hydrator.present_count > 0 or hydrator.joining.first != NONE32:
+        start_round(hydrator, actions)
 
 
 cdef void after_round(Hydrator* hydrator, int32_t result, Actions* actions) noexcept nogil:
@@ -470,8 +472,6 @@ cdef void after_round(Hydrator* hydrator, int32_t result, Actions* actions) noex
         started(hydrator, result, actions)
     elif hydrator.life == LIFE_STOPPING:
         hydrator.stop_result = result
-    if hydrator.joining.first != NONE32:
-        start_round(hydrator, actions)
 
 
 # -- life: starting, running, stopping -----------------------------------------------------------
@@ -492,7 +492,11 @@ cdef void settle(Hydrator* hydrator, Actions* actions) noexcept nogil:
         return
     if hydrator.round != ROUND_IDLE or hydrator.free_count < hydrator.buffers:
         return
-    if hydrator.stop_result < 0:
+    if latched(hydrator):
+        fail_joiners(hydrator, actions)
+    if round_due(hydrator):
+        start_round(hydrator, actions)
+    elif hydrator.stop_result < 0:
         stopped(hydrator, hydrator.stop_result, actions)
     elif latched(hydrator):
         if hydrator.life == LIFE_STARTING:
@@ -537,6 +541,7 @@ cdef void on_demand(Hydrator* hydrator, uint32_t node, Actions* actions) noexcep
     if state_of(hydrator, stripe) >= PRESENT:
         answer(hydrator, node, MSG_GRANT, 0, actions)
         return
+    hydrator.arriving += 1
     list_append(hydrator, bucket(hydrator, stripe), node)
     if state_of(hydrator, stripe) == ABSENT:
         demand_stripe(hydrator, stripe)
@@ -545,6 +550,7 @@ cdef void on_demand(Hydrator* hydrator, uint32_t node, Actions* actions) noexcep
 cdef void on_claim(Hydrator* hydrator, uint32_t node, Actions* actions) noexcept nogil:
     cdef uint32_t stripe = hydrator.waiters[node].stripe
     if state_of(hydrator, stripe) == ABSENT and not flagged(hydrator, stripe, QUEUED):
+        hydrator.arriving += 1
         set_state(hydrator, stripe, OVERWRITING)
         answer(hydrator, node, MSG_GRANT, CLAIMED, actions)
     else:
@@ -555,6 +561,7 @@ cdef void on_written(Hydrator* hydrator, uint32_t node, int32_t result,
                      Actions* actions) noexcept nogil:
     cdef uint32_t stripe = hydrator.waiters[node].stripe
     ensure(state_of(hydrator, stripe) == OVERWRITING, b"only a claimed stripe is reported written")
+    hydrator.arriving -= 1
     if result >= 0:
         hydrator.stats.whole_stripe_writes += 1
         make_present(hydrator, stripe)
@@ -573,8 +580,6 @@ cdef void on_join(Hydrator* hydrator, uint32_t node, Actions* actions) noexcept 
         answer(hydrator, node, MSG_DONE, -EIO, actions)
         return
     list_append(hydrator, &hydrator.joining, node)
-    if hydrator.round == ROUND_IDLE:
-        start_round(hydrator, actions)
 
 
 cdef void on_message(Hydrator* hydrator, const Event* event, Actions* actions) noexcept nogil:
@@ -622,10 +627,12 @@ cdef void hydrator_step(Hydrator* hydrator, const Event* event, Actions* actions
     elif event.kind == EVENT_DONE:
         on_done(hydrator, event, actions)
     elif event.kind == EVENT_TICK:
-        if (hydrator.round == ROUND_IDLE and hydrator.present_count > 0
-                and hydrator.life == LIFE_RUNNING and not latched(hydrator)):
-            start_round(hydrator, actions)
+        if hydrator.round == ROUND_IDLE and hydrator.life == LIFE_RUNNING:
+            commit(hydrator, actions)
         tick_background(hydrator, actions)
+    elif event.kind == EVENT_ROUND:
+        ensure(round_due(hydrator), b"a round begins once it is due")
+        commit(hydrator, actions)
     elif event.kind == EVENT_BUDGET:
         hydrator.budget = event.offset
         start_fetches(hydrator, actions)

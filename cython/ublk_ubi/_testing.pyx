@@ -16,7 +16,7 @@ from ublk_ubi._core cimport Action, Actions, Event, STATE_MASK
 from ublk_ubi._format cimport Slot, crc32c, head_write, slot_check
 from ublk_ubi._hydrator cimport (
     Fetch, HydratorMemory, Waiter, WaiterList, header_offset, header_page, hydrator_init,
-    hydrator_step, page_first_stripe,
+    hydrator_step, page_first_stripe, round_due,
 )
 from ublk_ubi._lifecycle cimport (
     SCRATCH_BYTES, LifecycleOptions, TableIdentity, lifecycle_init, lifecycle_states,
@@ -87,6 +87,7 @@ cdef dict NAMES = {
     "EVENT_MESSAGE": _core.EVENT_MESSAGE, "EVENT_TICK": _core.EVENT_TICK,
     "EVENT_START": _core.EVENT_START, "EVENT_STOP": _core.EVENT_STOP,
     "EVENT_HYDRATE": _core.EVENT_HYDRATE, "EVENT_BUDGET": _core.EVENT_BUDGET,
+    "EVENT_ROUND": _core.EVENT_ROUND,
     # operations
     "OP_READ": _core.OP_READ, "OP_WRITE": _core.OP_WRITE, "OP_FLUSH": _core.OP_FLUSH,
     "OP_DISCARD": _core.OP_DISCARD, "OP_WRITE_ZEROES": _core.OP_WRITE_ZEROES,
@@ -372,6 +373,25 @@ cdef class Engines:
     @property
     def round(self):
         return self.hydrator.round
+
+    @property
+    def round_due(self):
+        return round_due(&self.hydrator)
+
+    @property
+    def arriving(self):
+        return self.hydrator.arriving
+
+    @property
+    def stripe_waiters(self):
+        """Requests in the buckets' lists."""
+        cdef uint32_t i, node, count = 0
+        for i in range(self.hydrator.bucket_mask + 1):
+            node = self.hydrator.buckets[i].first
+            while node != _core.NONE32:
+                count += 1
+                node = self.hydrator.waiters[node].next
+        return count
 
     @property
     def life(self):

@@ -10,6 +10,9 @@ Invariants
   exceptions, neither of which waits for I/O: where zero copy falls back, a request's data is copied
   with pread or pwrite on ublkc (through the ring they would go to a worker); and once, the image's
   descriptor is dropped.
+- A round that is due begins at the end of a turn, when all that has joined is known. While requests
+  wait for their stripes, which would need a round of their own, it is held back: as long as rounds
+  take on the average, and MAX_HOLD_NS, at the most. A lone writer is never held back.
 - A request's buffer is the kernel's until its CQE and after its COMMIT, ours in between.
 """
 
@@ -25,6 +28,7 @@ from ublk_ubi._ring cimport Op, Ring
 
 cdef enum:
     TICK_NS = 1000000000
+    MAX_HOLD_NS = 5000000
 
 # How far a thread is; the control thread reads it, told of changes by `notify_fd`.
 cdef enum ThreadState:
@@ -84,6 +88,9 @@ cdef struct HydratorThread:
     uint8_t* stripes               # [buffers × stripe_bytes]
     uint8_t* pages                 # shadow of the header pages
     uint64_t next_tick             # ns
+    uint64_t round_began           # ns, 0: none runs
+    uint64_t round_ns              # what rounds take, on the average
+    uint64_t due_since             # ns, when the round that is held back became due, or 0
     # Background hydration, as the control thread wants it …
     uint32_t hydrate
     uint32_t kicks                 # counts up: what failed is to be tried now

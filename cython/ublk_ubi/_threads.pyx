@@ -13,12 +13,12 @@ from ublk_ubi._abi cimport (
 from ublk_ubi._atomic cimport ensure, load_u32, load_u64, peek_u32, store_u32
 from ublk_ubi._core cimport (
     ACT_COMPLETE, ACT_HYDRATED, ACT_SEND, ACT_STARTED, ACT_STOPPED, EVENT_BUDGET, EVENT_DONE,
-    EVENT_HYDRATE, EVENT_MESSAGE, EVENT_REQUEST, EVENT_START, EVENT_STOP, EVENT_TICK, MEM_PAGE,
-    MEM_REQUEST, MEM_STRIPE, MSG_WANT, OP_READ, OP_WRITE, PAGE, Action, Actions, Event,
+    EVENT_HYDRATE, EVENT_MESSAGE, EVENT_REQUEST, EVENT_ROUND, EVENT_START, EVENT_STOP, EVENT_TICK,
+    MEM_PAGE, MEM_REQUEST, MEM_STRIPE, MSG_WANT, OP_READ, OP_WRITE, PAGE, Action, Actions, Event,
 )
 from ublk_ubi._format cimport all_zero
 from ublk_ubi._histogram cimport histogram_add
-from ublk_ubi._hydrator cimport FETCH_READ, hydrator_step
+from ublk_ubi._hydrator cimport FETCH_READ, ROUND_IDLE, Hydrator, hydrator_step, round_due
 from ublk_ubi._mailbox cimport (
     Doorbell, Mailbox, Message, doorbell_arm, doorbell_disarm, doorbell_needed, mailbox_empty,
     mailbox_put, mailbox_room, mailbox_take,
@@ -453,12 +453,41 @@ cdef inline uint64_t pace_wait(HydratorThread* thread, uint64_t now) noexcept no
     return due - now if due > now else 0
 
 
+# -- the rounds' pace --
+
+cdef inline uint64_t hold_end(const HydratorThread* thread) noexcept nogil:
+    """ns: when a round that is due is held back no longer; 2^64 − 1: none is."""
+    if thread.due_since == 0:
+        return <uint64_t>-1
+    return thread.due_since + min(thread.round_ns, <uint64_t>MAX_HOLD_NS)
+
+
+cdef void pace_rounds(HydratorThread* thread, uint64_t now) noexcept nogil:
+    """Begin the round that is due, unless others are about to join: as jbd2 does, it waits for them
+    as long as a round takes. So nobody waits for more than twice that."""
+    cdef Hydrator* hydrator = &thread.hydrator
+    if thread.round_began != 0 and hydrator.round == ROUND_IDLE:
+        thread.round_ns = (3 * thread.round_ns + now - thread.round_began) // 4
+        thread.round_began = 0
+    if round_due(hydrator):
+        if thread.due_since == 0:
+            thread.due_since = now
+        if hydrator.arriving > 0 and now < hold_end(thread):
+            return
+        hydrator_simple_event(thread, EVENT_ROUND, 0, 0)
+    thread.due_since = 0
+    if thread.round_began == 0 and hydrator.round != ROUND_IDLE:
+        thread.round_began = now
+
+
 cdef void hydrator_wait(HydratorThread* thread, Doorbell* bell) noexcept nogil:
     cdef uint64_t now = now_ns()
     cdef uint64_t timeout = 0
     doorbell_arm(bell)
     if not hydrator_has_mail(thread) and now < thread.next_tick:
         timeout = min(thread.next_tick - now, pace_wait(thread, now))
+        if hold_end(thread) < now + timeout:
+            timeout = hold_end(thread) - now if hold_end(thread) > now else 0
     ring_enter(&thread.base.ring, timeout)
     doorbell_disarm(bell)
 
@@ -502,6 +531,7 @@ cdef void run_hydrator(HydratorThread* thread) noexcept nogil:
             hydrator_simple_event(thread, EVENT_TICK, 0, 0)
         if not ended(base):
             pace(thread, now)
+            pace_rounds(thread, now)
         look_around(base)
         for queue in range(device.shared.queues):
             ring_bell(base, &device.to_queue[queue], &device.bells[queue])

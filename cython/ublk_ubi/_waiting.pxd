@@ -7,7 +7,7 @@ served.
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
 
 from ublk_ubi._atomic cimport ensure
-from ublk_ubi._core cimport ACT_SEND, NONE32, Action, Actions, emit
+from ublk_ubi._core cimport ACT_SEND, MSG_DONE, NONE32, Action, Actions, emit
 from ublk_ubi._hydrator cimport Fifo, Hydrator, HydratorMemory, WaiterList
 
 
@@ -70,6 +70,19 @@ cdef inline void answer(Hydrator* hydrator, uint32_t node, uint8_t message, int3
     action.stripe = hydrator.waiters[node].stripe
     action.result = result
     hydrator.waiters[node].asked = 0
+
+
+cdef inline uint32_t answer_all(Hydrator* hydrator, WaiterList* waiting, int32_t result,
+                                Actions* actions) noexcept nogil:
+    """DONE to all of a list of joiners; how many they were."""
+    cdef uint32_t count = 0
+    cdef uint32_t node
+    while waiting.first != NONE32:
+        node = waiting.first
+        waiting.first = hydrator.waiters[node].next
+        answer(hydrator, node, MSG_DONE, result, actions)
+        count += 1
+    return count
 
 
 cdef inline bint has_waiter(Hydrator* hydrator, uint32_t stripe) noexcept nogil:

@@ -125,10 +125,9 @@ ROUNDS = (
            (Change(HYDRATOR, "    return load_u32(hydrator.shared.latch) != 0\n",
                    "    return False\n"),)),
     Mutant("joiners wait for no round",
-           "who joins while a round runs is answered by nobody",
-           (Change(HYDRATOR, """    if hydrator.joining.first != NONE32:
-        start_round(hydrator, actions)
-""", ""),)),
+           "who has joined, with no stripe to commit, is answered by nobody",
+           (Change(HYDRATOR, """hydrator.present_count > 0 or hydrator.joining.first != NONE32:
+""", "hydrator.present_count > 0:\n"),)),
 )
 
 # -- stripes -----------------------------------------------------------------------------------

@@ -101,9 +101,10 @@ GRIDS = (
     }),
     Grid("a round", 232, ("IDLE", "SYNC_DATA", "WRITE_PAGES", "SYNC_PAGES"), (
         "JOIN", "JOIN once latched", "tick", "tick once latched", "stop", "synced", "sync failed",
-        "page", "page failed", "synced but latched",
+        "page", "page failed", "synced but latched", "round", "round once latched",
     ), {
-        "IDLE": "JOIN, JOIN once latched, tick, tick once latched, stop",
+        "IDLE": "JOIN, JOIN once latched, tick, tick once latched, stop, round,"
+                " round once latched",
         "SYNC_DATA": "JOIN, JOIN once latched, tick, tick once latched, stop, synced, sync failed,"
                      " synced but latched",
         "WRITE_PAGES": "JOIN, JOIN once latched, tick, tick once latched, stop, page, page failed",
@@ -111,10 +112,11 @@ GRIDS = (
                       " synced but latched",
     }),
     # Queues run from when it is live until before it is stopped; a hint may still lie in its mail.
-    Grid("the hydrator", 272, ("NEW", "STARTING", "RUNNING", "STOPPING", "STOPPED"),
-         ("-", "request", "done", "message", "tick", "start", "stop", "hydrate", "budget"), {
+    Grid("the hydrator", 480, ("NEW", "STARTING", "RUNNING", "STOPPING", "STOPPED"),
+         ("-", "request", "done", "message", "tick", "start", "stop", "hydrate", "budget",
+          "round"), {
              "NEW": "start", "STARTING": "done, tick",
-             "RUNNING": "done, message, tick, stop, hydrate, budget",
+             "RUNNING": "done, message, tick, stop, hydrate, budget, round",
              "STOPPING": "done, message, tick, hydrate, budget",
          }),
     Grid("the lifecycle", 320, PHASES, ("well", "failed"), {

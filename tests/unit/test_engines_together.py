@@ -98,6 +98,11 @@ class Device(RuleBasedStateMachine):
         syncs = self.world.operations[key].action.kind == t.ACT_SYNC_BASE
         self.world.end(key, choice=choice, error=0 if syncs and not even_sync else error)
 
+    @precondition(lambda self: self.world.e.round_due)
+    @rule()
+    def round_begins(self) -> None:
+        self.world.begin_round()
+
     @rule()
     def tick(self) -> None:
         self.world.tick()
@@ -150,6 +155,8 @@ def test_a_world_is_hydrated_with_a_read_of_the_image_under_way(cache: int) -> N
         others = [key for key in world.operations if key != read]
         if others:
             world.end(others[0])
+        elif world.e.round_due:
+            world.begin_round()
         else:
             world.tick()
     assert world.e.hydrator_stats["zeros"] == 1

@@ -430,7 +430,7 @@ def test_a_round_that_fails_has_hydrated_nothing() -> None:
 def test_guests_that_write_everything_have_hydrated_it_too() -> None:
     b = Bench(stripes=4)
     b.make_present(0, 1, 2, 3)
-    b.join(0)
+    b.commit(0)
     b.done(b.sync_token)
     b.done(b.page_token())
     assert b.done(b.sync_token) == [done(0), act(t.ACT_HYDRATED)]

@@ -83,13 +83,15 @@ MESSAGES = {
     "written": lambda b: b.written_by(0, S),
     "written, failed": lambda b: b.written_by(0, S, -EIO),
     "join": lambda b: b.join(0),
+    "join, then the round": lambda b: b.commit(0),
 }
 # With two buffers, stacked: the first that is taken is number 0.
 MATRIX = {
     ("ABSENT", "want"): ([fetch(0, S, STRIPE)], t.FETCHING, 0),
     ("ABSENT", "hydrate"): ([fetch(0, S, STRIPE)], t.FETCHING, 0),
     ("ABSENT", "claim"): ([grant(0, S, t.CLAIMED)], t.OVERWRITING, 0),
-    ("ABSENT", "join"): ([sync(2 + t.PAGE_WINDOW)], t.ABSENT, 0),
+    ("ABSENT", "join"): ([], t.ABSENT, 0),
+    ("ABSENT", "join, then the round"): ([sync(2 + t.PAGE_WINDOW)], t.ABSENT, 0),
     ("ABSENT, wanted", "want"): ([], t.ABSENT, t.WANTED),
     ("ABSENT, wanted", "hydrate"): ([fetch(1, S, STRIPE)], t.FETCHING, 0),
     ("ABSENT, wanted", "claim"): ([grant(0, S, t.CLAIMED)], t.OVERWRITING, 0),
@@ -111,7 +113,8 @@ MATRIX = {
     ("PRESENT", "want"): ([], t.PRESENT, 0),
     ("PRESENT", "hydrate"): ([grant(0, S)], t.PRESENT, 0),
     ("PRESENT", "claim"): ([grant(0, S)], t.PRESENT, 0),
-    ("PRESENT", "join"): ([sync(2 + t.PAGE_WINDOW)], t.PRESENT, t.IN_ROUND),
+    ("PRESENT", "join"): ([], t.PRESENT, 0),
+    ("PRESENT", "join, then the round"): ([sync(2 + t.PAGE_WINDOW)], t.PRESENT, t.IN_ROUND),
     ("PRESENT, in round", "want"): ([], t.PRESENT, t.IN_ROUND),
     ("PRESENT, in round", "hydrate"): ([grant(0, S)], t.PRESENT, t.IN_ROUND),
     ("PRESENT, in round", "claim"): ([grant(0, S)], t.PRESENT, t.IN_ROUND),
@@ -119,11 +122,13 @@ MATRIX = {
     ("DURABLE", "want"): ([], t.DURABLE, 0),
     ("DURABLE", "hydrate"): ([grant(0, S)], t.DURABLE, 0),
     ("DURABLE", "claim"): ([grant(0, S)], t.DURABLE, 0),
-    ("DURABLE", "join"): ([sync(2 + t.PAGE_WINDOW)], t.DURABLE, 0),
+    ("DURABLE", "join"): ([], t.DURABLE, 0),
+    ("DURABLE", "join, then the round"): ([sync(2 + t.PAGE_WINDOW)], t.DURABLE, 0),
 }
 for cold in ("ABSENT, wanted", "ABSENT, queued", "FETCHING, reading", "FETCHING, writing",
              "OVERWRITING"):
-    MATRIX[cold, "join"] = ([sync(2 + t.PAGE_WINDOW)], *REACHED[cold][1:])
+    MATRIX[cold, "join"] = ([], *REACHED[cold][1:])
+    MATRIX[cold, "join, then the round"] = ([sync(2 + t.PAGE_WINDOW)], *REACHED[cold][1:])
 
 
 @pytest.mark.parametrize(("name", "message"), list(itertools.product(REACHED, MESSAGES)))
@@ -134,7 +139,8 @@ def test_every_message_in_every_state(name: str, message: str) -> None:
     assert (b.e.state(S), b.e.flags(S)) == (state, flags)
     if (name, message) not in MATRIX:
         assert broken_invariant(lambda: MESSAGES[message](b)) == (
-            "only a claimed stripe is reported written")
+            ONCE_DUE if message == "join, then the round"
+            else "only a claimed stripe is reported written")
         return
     actions, state, flags = MATRIX[name, message]
     assert MESSAGES[message](b) == actions
@@ -247,6 +253,7 @@ def test_the_queues_number_is_kept() -> None:
     b.tell(t.MSG_HYDRATE, tag=2, stripe=S, queue=2)
     b.tell(t.MSG_HYDRATE, tag=2, stripe=S, queue=1)
     b.tell(t.MSG_JOIN, tag=3, queue=2)
+    b.begin_round()
     assert b.synced_now() == [done(3, queue=2)]
     b.done(0)
     assert b.done(0) == [grant(2, S, queue=2), grant(2, S, queue=1)]
@@ -339,6 +346,7 @@ def message(op: int, **fields: int):
 SYNC, PAGE_0 = 4 + t.PAGE_WINDOW, 4
 ONE_ASK = "a tag asks once, and then awaits the answer"
 IN_PHASE = "pages are written in their phase of a round only"
+ONCE_DUE = "a round begins once it is due"
 SYNCED_ONCE = "an fdatasync ends once"
 KNOWN = "an event is one that the hydrator knows"
 SENT = "a queue sends WANT, HYDRATE, CLAIM, WRITTEN and JOIN"
@@ -379,7 +387,7 @@ ILLEGAL = {
     **{
         f"a tag that waits for a {waits} asks for {op}": (
             reach, message(op, tag=2, stripe=S), ONE_ASK)
-        for waits, reach in (("stripe", fetching), ("round", lambda b: (b.join(0), b.join(2))))
+        for waits, reach in (("stripe", fetching), ("round", lambda b: b.join(2)))
         for op in (t.MSG_HYDRATE, t.MSG_CLAIM, t.MSG_JOIN, t.MSG_WRITTEN)
     },
     "I/O of a free buffer": (idle, event(t.EVENT_DONE, token=1, result=STRIPE),
@@ -388,6 +396,8 @@ ILLEGAL = {
                                      "I/O ends only for a buffer in use"),
     "token too high": (idle, event(t.EVENT_DONE, token=SYNC + 1),
                        "a token is one that was given out"),
+    "a round that nobody has joined": (idle, event(t.EVENT_ROUND), ONCE_DUE),
+    "a round while one runs": (lambda b: (b.commit(0), b.join(1)), event(t.EVENT_ROUND), ONCE_DUE),
     "sync without a round": (idle, event(t.EVENT_DONE, token=SYNC), SYNCED_ONCE),
     "sync while pages are written": (writing_pages, event(t.EVENT_DONE, token=SYNC), SYNCED_ONCE),
     "page without a round": (idle, event(t.EVENT_DONE, token=PAGE_0), IN_PHASE),
@@ -433,19 +443,29 @@ def test_no_step_emits_more_than_its_documented_maximum() -> None:
         b.tell(t.MSG_HYDRATE, tag, S, queue=queue)
     b.done(0)
     assert len(b.done(0)) == tags
-    # All tags but one wait in a list of joiners, the other's round ends.
+    # All tags have joined, and the latch is set before their round begins.
     for queue, tag in everyone:
+        b.tell(t.MSG_JOIN, tag, queue=queue)
+    b.e.latch = EIO
+    assert len(b.begin_round()) == tags
+    b.e.latch = 0
+    # All tags but one wait in a list of joiners, the other's round ends.
+    b.tell(t.MSG_JOIN, 0)
+    b.begin_round()
+    for queue, tag in everyone[1:]:
         b.tell(t.MSG_JOIN, tag, queue=queue)
     b.synced_now()
     b.done(b.page_token())
-    assert len(b.synced_now()) == 1 + 1
+    assert len(b.synced_now()) == 1
+    b.begin_round()
     assert len(b.synced_now()) == tags - 1
     # … and fails, so that all are answered at once.
     b.make_present(2)
     for queue, tag in everyone:
         b.tell(t.MSG_JOIN, tag, queue=queue)
-    # As many pages at once as the window has.
+    b.begin_round()
     assert len(b.synced_now(-EIO)) == tags
+    # As many pages at once as the window has.
     b.e.latch = 0
     b.make_present(*range(3, 100_000, 2048))
     b.tick()
@@ -472,10 +492,12 @@ def test_no_step_emits_more_than_its_documented_maximum() -> None:
     # The last of all stripes becomes durable: every joiner, and HYDRATED.
     g = Bench(queues=queues, depth=depth, stripes=1)
     g.tell(t.MSG_JOIN, 0)
+    g.begin_round()
     g.make_present(0)
     for queue, tag in everyone[1:]:
         g.tell(t.MSG_JOIN, tag, queue=queue)
     g.synced_now()
+    g.begin_round()
     g.synced_now()
     g.done(g.page_token())
     assert len(g.synced_now()) == tags - 1 + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 import pytest
-from enginekit.actions import act, fetch, store, sync, write_page
+from enginekit.actions import act, done, fetch, store, sync, write_page
 from enginekit.hydration import STRIPE, Bench
 from enginekit.invariants import header_bits
 
@@ -98,6 +98,31 @@ def test_start_while_hints_wait_fetches_them_once_it_runs() -> None:
 
 
 # -- stopping -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("present", [(), (S,)])
+def test_stop_answers_those_that_have_joined(present: tuple[int, ...]) -> None:
+    b = Bench()
+    b.make_present(*present)
+    b.join(0)
+    assert b.step(t.EVENT_STOP) == [sync(b.sync_token)]
+    actions: list[t.Act] = []
+    while b.in_flight:
+        actions += b.done(next(iter(b.in_flight)))
+    assert actions[-2:] == [done(0), act(STOPPED)]
+
+
+def test_stop_that_could_not_commit_tries_again_for_those_that_have_joined() -> None:
+    b = Bench()
+    b.make_present(S)
+    b.commit(0)
+    b.synced_now()
+    b.join(1)
+    b.step(t.EVENT_STOP)
+    assert b.done(b.page_token(), -EIO) == [done(0, result=-EIO), sync(b.sync_token)]
+    b.synced_now()
+    b.done(b.page_token())
+    assert b.synced_now() == [done(1), act(STOPPED)]
 
 
 def test_stop_with_nothing_to_do() -> None:

@@ -18,7 +18,8 @@ S = 1
 def test_the_order_of_a_round() -> None:
     b = Bench()
     b.make_present(S, 3)
-    assert b.join(0) == [sync(b.sync_token)]
+    assert b.join(0) == []
+    assert b.begin_round() == [sync(b.sync_token)]
     assert b.synced_now() == [write_page(b.page_token(), 0)]
     assert b.written == [(0, {S, 3})]
     assert b.done(b.page_token()) == [sync(b.sync_token)]
@@ -32,7 +33,7 @@ def test_the_order_of_a_round() -> None:
 
 def test_a_round_without_stripes_is_one_fdatasync() -> None:
     b = Bench()
-    assert b.join(0) == [sync(b.sync_token)]
+    assert b.commit(0) == [sync(b.sync_token)]
     assert b.synced_now() == [done(0)]
     assert b.written == []
 
@@ -41,7 +42,7 @@ def test_a_round_without_stripes_is_one_fdatasync() -> None:
 def test_who_joins_while_a_round_runs_is_served_by_the_next(phase: str) -> None:
     b = Bench()
     b.make_present(S)
-    b.join(0)
+    b.commit(0)
     if phase != "data":
         b.synced_now()
     if phase == "pages' sync":
@@ -53,7 +54,8 @@ def test_who_joins_while_a_round_runs_is_served_by_the_next(phase: str) -> None:
     while not answers:
         answers = [a for a in b.done(next(iter(b.in_flight))) if a.kind == t.ACT_SEND]
     assert answers == [done(0)]
-    assert b.e.round == t.ROUND_SYNC_DATA
+    assert b.e.round == t.ROUND_IDLE
+    assert b.begin_round() == [sync(b.sync_token)]
     assert in_round(b.e) == {3}
     b.finish()
     assert b.e.state(3) == t.DURABLE
@@ -63,11 +65,48 @@ def test_who_joins_while_a_round_runs_is_served_by_the_next(phase: str) -> None:
 
 def test_joiners_are_answered_in_the_order_they_came() -> None:
     b = Bench()
-    b.join(5)
+    b.commit(5, 1)
     for tag in (3, 0, 4):
         b.join(tag)
-    assert b.synced_now() == [done(5), sync(b.sync_token)]
+    assert b.synced_now() == [done(5), done(1)]
+    b.begin_round()
     assert b.synced_now() == [done(3), done(0), done(4)]
+
+
+def test_who_joins_before_the_round_begins_shares_it_with_what_is_present_by_then() -> None:
+    b = Bench()
+    b.make_present(S)
+    b.join(0)
+    b.make_present(3)
+    b.join(1)
+    b.begin_round()
+    assert in_round(b.e) == {S, 3}
+    b.finish()
+    assert b.e.hydrator_stats["rounds"] == 1
+    assert b.e.hydrator_stats["joined"] == 2
+
+
+@pytest.mark.parametrize("stripes", [(), (S,)])
+def test_a_tick_begins_the_round_that_is_due(stripes: tuple[int, ...]) -> None:
+    b = Bench()
+    b.make_present(*stripes)
+    b.join(0)
+    assert b.tick() == [sync(b.sync_token)]
+    b.finish()
+    assert b.e.hydrator_stats["joined"] == 1
+
+
+@pytest.mark.parametrize("event", ["round", "tick", "stop"])
+def test_latch_that_a_queue_sets_before_the_round_begins_fails_the_joiners(event: str) -> None:
+    b = Bench()
+    b.make_present(S)
+    b.join(0)
+    b.join(1)
+    b.e.latch = EIO
+    step = {"round": b.begin_round, "tick": b.tick, "stop": lambda: b.step(t.EVENT_STOP)}[event]
+    assert step()[:2] == [done(0, result=-EIO), done(1, result=-EIO)]
+    assert not b.e.round_due
+    assert b.in_flight == {}
 
 
 @pytest.mark.parametrize("phase", ["data", "pages", "pages' sync"])
@@ -113,7 +152,7 @@ def test_a_stripe_hydrated_by_a_fetch_that_ends_during_a_round_waits_for_the_nex
 def test_failed_page_write_fails_the_joiners_and_the_stripes_are_present_again(joiners) -> None:
     b = Bench()
     b.make_present(S)
-    b.tick() if not joiners else b.join(0)
+    b.tick() if not joiners else b.commit(0)
     answers = [done(0, result=-errno.ENOSPC)] if joiners else []
     b.synced_now()
     assert b.done(b.page_token(), -errno.ENOSPC) == answers
@@ -131,7 +170,7 @@ def test_failed_page_write_stops_the_round_and_waits_for_its_other_pages() -> No
     stripes = 40 * 2048
     b = Bench(stripes=stripes)
     b.make_present(*range(0, stripes, 2048))
-    b.join(0)
+    b.commit(0)
     b.synced_now()
     first, *others = list(b.in_flight)
     assert len(others) == t.PAGE_WINDOW - 1
@@ -152,7 +191,7 @@ def test_failed_page_write_stops_the_round_and_waits_for_its_other_pages() -> No
 def test_failed_fdatasync_is_latched_and_nothing_is_committed_any_more(phase: str) -> None:
     b = Bench()
     b.make_present(S)
-    b.join(0)
+    b.commit(0)
     b.join(1)
     if phase == "pages":
         b.synced_now()
@@ -179,8 +218,7 @@ def test_latch_that_a_queue_sets_during_a_round_ends_it(phase: str) -> None:
     stripes = 40 * 2048
     b = Bench(stripes=stripes)
     b.make_present(*range(0, stripes, 2048))
-    b.join(0)
-    b.join(1)
+    b.commit(0, 1)
     if phase != "data":
         b.synced_now()
     if phase == "pages' sync":
@@ -200,7 +238,7 @@ def test_page_window_is_kept_with_many_dirty_pages() -> None:
     b = Bench(stripes=stripes)
     dirty = list(range(0, stripes, 1500))
     b.make_present(*dirty)
-    b.join(0)
+    b.commit(0)
     b.synced_now()
     pages = {t.header_place(stripe)[1] for stripe in dirty}
     assert len(pages) > t.PAGE_WINDOW

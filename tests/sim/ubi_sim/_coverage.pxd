@@ -10,7 +10,7 @@ from ublk_ubi._core cimport Event
 from ubi_sim._model cimport World
 
 cdef enum:
-    PAIRS = 512
+    PAIRS = 544
 
     # A request arrives: what (rows) at a stripe in which state (columns).
     AT_STRIPE = 0                  # 8 × 5
@@ -61,7 +61,7 @@ cdef enum:
     ON_WRITE_FAILED = 8
 
     # A round's phase (rows: RoundPhase) and an event (columns).
-    AT_ROUND = 232                 # 4 × 10
+    AT_ROUND = 232                 # 4 × 12
     ON_JOIN = 0
     ON_JOIN_LATCHED = 1
     ON_TICK = 2
@@ -72,9 +72,8 @@ cdef enum:
     ON_PAGE = 7
     ON_PAGE_FAILED = 8
     ON_SYNC_LATCHED = 9
-
-    # The hydrator's life (rows: Life) and an event's kind (columns: EventKind).
-    AT_LIFE = 272                  # 5 × 9
+    ON_ROUND = 10                  # one is due, and may begin
+    ON_ROUND_LATCHED = 11
 
     # A lifecycle's phase (rows: Phase) and how its action ended (columns: well, or not).
     AT_PHASE = 320                 # 36 × 2
@@ -97,6 +96,9 @@ cdef enum:
     # A request arrives once the image is lost: READ, write of a part, of all (rows), the stripe's
     # state (columns).
     AT_LOST = 460                  # 3 × 5
+
+    # The hydrator's life (rows: Life) and an event's kind (columns: EventKind).
+    AT_LIFE = 480                  # 5 × 10
 
 cdef void cover_queue(World* world, uint16_t queue, const Event* event) noexcept nogil
 cdef void cover_hydrator(World* world, const Event* event) noexcept nogil

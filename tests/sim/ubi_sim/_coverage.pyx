@@ -4,10 +4,10 @@ from libc.stdint cimport uint16_t, uint32_t, uint8_t
 from libc.string cimport memcmp
 
 from ublk_ubi._core cimport (
-    CACHE_UNSAFE, CACHE_WRITETHROUGH, CLAIMED, EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST, EVENT_STOP,
-    EVENT_TICK, IN_ROUND, MSG_CLAIM, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN,
-    OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, OVERWRITING, PRESENT, QUEUED,
-    STATE_MASK, WANTED, Event, Shared, stripe_state,
+    CACHE_UNSAFE, CACHE_WRITETHROUGH, CLAIMED, EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST,
+    EVENT_ROUND, EVENT_STOP, EVENT_TICK, IN_ROUND, MSG_CLAIM, MSG_GRANT, MSG_HYDRATE, MSG_JOIN,
+    MSG_WANT, MSG_WRITTEN, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, OVERWRITING,
+    PRESENT, QUEUED, STATE_MASK, WANTED, Event, Shared, stripe_state,
 )
 from ublk_ubi._format cimport FLAG_OPEN
 from ublk_ubi._hydrator cimport FETCH_READ, PAGE_WINDOW, Hydrator
@@ -122,7 +122,7 @@ cdef uint32_t stripe_row(World* world, uint32_t stripe) noexcept nogil:
 cdef void cover_message(World* world, const Event* event, bint latched) noexcept nogil:
     cdef uint32_t column
     if event.op == MSG_JOIN:
-        cover(world, AT_ROUND + world.engines.hydrator.round * 10
+        cover(world, AT_ROUND + world.engines.hydrator.round * 12
               + (ON_JOIN_LATCHED if latched else ON_JOIN))
         return
     if event.op == MSG_WANT:
@@ -156,7 +156,7 @@ cdef void cover_done(World* world, const Event* event, bint latched) noexcept no
         column = ON_SYNC_FAILED
     else:
         column = ON_SYNC_LATCHED if latched else ON_SYNC
-    cover(world, AT_ROUND + hydrator.round * 10 + column)
+    cover(world, AT_ROUND + hydrator.round * 12 + column)
 
 
 cdef void cover_hydrator(World* world, const Event* event) noexcept nogil:
@@ -165,15 +165,17 @@ cdef void cover_hydrator(World* world, const Event* event) noexcept nogil:
     if world.coverage == NULL:
         return
     latched = world.engines.shared.latch[0] != 0
-    cover(world, AT_LIFE + hydrator.life * 9 + event.kind)
+    cover(world, AT_LIFE + hydrator.life * 10 + event.kind)
     if event.kind == EVENT_MESSAGE:
         cover_message(world, event, latched)
     elif event.kind == EVENT_DONE:
         cover_done(world, event, latched)
     elif event.kind == EVENT_TICK:
-        cover(world, AT_ROUND + hydrator.round * 10 + (ON_TICK_LATCHED if latched else ON_TICK))
+        cover(world, AT_ROUND + hydrator.round * 12 + (ON_TICK_LATCHED if latched else ON_TICK))
     elif event.kind == EVENT_STOP:
-        cover(world, AT_ROUND + hydrator.round * 10 + ON_STOP)
+        cover(world, AT_ROUND + hydrator.round * 12 + ON_STOP)
+    elif event.kind == EVENT_ROUND:
+        cover(world, AT_ROUND + hydrator.round * 12 + (ON_ROUND_LATCHED if latched else ON_ROUND))
 
 
 # -- lifecycle -----------------------------------------------------------------------------------

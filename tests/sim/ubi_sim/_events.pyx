@@ -3,8 +3,10 @@
 from libc.stdint cimport uint16_t, uint32_t, uint8_t
 from libc.string cimport memset
 
-from ublk_ubi._core cimport EVENT_TICK, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES
-from ublk_ubi._hydrator cimport ROUND_IDLE
+from ublk_ubi._core cimport (
+    EVENT_ROUND, EVENT_TICK, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES,
+)
+from ublk_ubi._hydrator cimport ROUND_IDLE, round_due
 from ubi_sim._disk cimport disk_evict
 from ubi_sim._io cimport io_land
 from ubi_sim._machine cimport (
@@ -149,6 +151,16 @@ cdef bint take_some_mail(World* world) noexcept nogil:
     return False
 
 
+cdef bint begin_round(World* world) noexcept nogil:
+    """The round that is due, if one is: its thread may wait for more joiners, but not for ever."""
+    if not round_due(&world.engines.hydrator):
+        return False
+    if world.trace != NULL:
+        trace_text(world, b"the round that is due may begin")
+    machine_hydrator_event(world, EVENT_ROUND)
+    return True
+
+
 cdef inline void look(Mailbox* box) noexcept nogil:
     box.rung = box.head != box.tail
 
@@ -244,6 +256,8 @@ cdef bint any_event(World* world, bint requests) noexcept nogil:
     world.budget -= 1
     if one_in(world, rarity(world)) and rare_event(world):
         return not halted(world)
+    if one_in(world, 2) and begin_round(world):
+        return not halted(world)
     choice = below(world, world.pace.mail + world.pace.io + world.pace.request)
     requests = requests and world.requests_left > 0
     if stands_still(world) and ((requests and send_request(world)) or take_some_mail(world)):
@@ -252,7 +266,8 @@ cdef bint any_event(World* world, bint requests) noexcept nogil:
         return not halted(world)
     if choice < world.pace.mail and take_some_mail(world):
         return not halted(world)
-    if complete_some(world) or take_some_mail(world) or (requests and send_some(world)):
+    if (complete_some(world) or take_some_mail(world) or begin_round(world)
+            or (requests and send_some(world))):
         return not halted(world)
     return time_passes(world) and not halted(world)
 

@@ -337,8 +337,9 @@ cdef void machine_check_idle(World* world) noexcept nogil:
         if (world.to_queue[queue].head != world.to_queue[queue].tail
                 or world.to_hydrator[queue].head != world.to_hydrator[queue].tail):
             violate(world, LEAK, 2, queue, 0, 0)
-    if hydrator.free_count != hydrator.buffers or hydrator.round != ROUND_IDLE:
-        violate(world, LEAK, 3, hydrator.free_count, hydrator.round, 0)
+    if (hydrator.free_count != hydrator.buffers or hydrator.round != ROUND_IDLE
+            or hydrator.arriving != 0):
+        violate(world, LEAK, 3, hydrator.free_count, hydrator.round, hydrator.arriving)
     for i in range(BUCKETS):
         if engines.buckets[i].first != NONE32:
             violate(world, LEAK, 4, i, engines.buckets[i].first, 0)

@@ -56,6 +56,7 @@ class Bench:
                 self.written.append((action.index, header_bits(self.e)))
             if action.kind == t.ACT_STOPPED:
                 assert not self.in_flight
+                assert not self.e.round_due
         return actions
 
     def says_hydrated(self, actions: list[t.Act]) -> bool:
@@ -106,6 +107,16 @@ class Bench:
     def join(self, tag: int) -> list[t.Act]:
         return self.tell(t.MSG_JOIN, tag)
 
+    def begin_round(self) -> list[t.Act]:
+        """Let the round begin that is due."""
+        return self.step(t.EVENT_ROUND)
+
+    def commit(self, *tags: int) -> list[t.Act]:
+        """Begin a round for those that join now."""
+        for tag in tags:
+            assert self.join(tag) == []
+        return self.begin_round()
+
     def tick(self) -> list[t.Act]:
         return self.step(t.EVENT_TICK)
 
@@ -127,9 +138,12 @@ class Bench:
             self.written_by(TAGS - 2, stripe)
 
     def finish(self) -> None:
-        """End all I/O well, until there is none."""
-        while self.in_flight:
-            self.done(next(iter(self.in_flight)))
+        """End all I/O well, and begin rounds, until there is none."""
+        while self.in_flight or self.e.round_due:
+            if self.e.round_due:
+                self.begin_round()
+            else:
+                self.done(next(iter(self.in_flight)))
 
     def buffer_of(self, stripe: int) -> int:
         (token,) = [token for token, action in self.in_flight.items()

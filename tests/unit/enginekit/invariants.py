@@ -72,6 +72,7 @@ def problems(e: t.Engines, buffers: int) -> list[str]:
         check("stripes in no round", round_count, 0)
     if e.table != states.translate(_HAS_DATA):
         found.append("the table is not what the states say")
+    check("arriving", e.arriving, e.stripe_waiters + states.count(t.OVERWRITING))
     fetched = sorted(stripe for stripe, _ in e.fetches())
     check("buffers", e.free_buffers + len(fetched), buffers)
     check("stripes in buffers", fetched, _where(states.translate(_FETCHING)))

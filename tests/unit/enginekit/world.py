@@ -210,6 +210,10 @@ class World:
         """Let about a second pass."""
         self._hydrator(t.EVENT_TICK)
 
+    def begin_round(self) -> None:
+        """Let the round begin that is due."""
+        self._hydrator(t.EVENT_ROUND)
+
     def hydrate(self, on: bool) -> None:
         """Begin to copy all of the image, or pause."""
         self._hydrator(t.EVENT_HYDRATE, op=int(on))
@@ -236,6 +240,8 @@ class World:
                     self.deliver_to_queue(queue)
             if self.operations:
                 self.end(next(iter(self.operations)))
+            elif self.e.round_due:
+                self.begin_round()
             elif not any(self.to_hydrator) and not any(self.to_queue):
                 return
         raise AssertionError("it never comes to rest")
@@ -249,6 +255,7 @@ class World:
         self._hydrator(t.EVENT_STOP)
         self.drain()
         assert self.e.free_buffers == BUFFERS
+        assert self.e.arriving == 0
         if self.e.latch:
             assert self.stopped is not None
             assert self.stopped < 0
