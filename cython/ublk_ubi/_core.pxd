@@ -97,6 +97,13 @@ cdef enum ActionKind:
     ACT_DISCARD_BASE = 11          # base range need not be kept
     ACT_HYDRATED = 12              # hydrator: every stripe is DURABLE, nobody needs the image
 
+# What the base holds that no fdatasync may have made durable: what guests change of stripes that
+# it has.
+cdef enum BaseState:
+    BASE_SYNCING = 0               # nothing since the hydrator began its last fdatasync
+    BASE_CHANGED = 1               # a write or a discard has ended since
+    BASE_SYNCED = 2                # nothing since, and the fdatasync has ended well
+
 cdef enum Memory:
     MEM_REQUEST = 1                # the data of request `index`
     MEM_STRIPE = 2                 # stripe buffer `index`
@@ -139,7 +146,8 @@ cdef struct Actions:
     uint32_t capacity
 
 # What the threads of one device share. Constant once the device runs, but for the states (one
-# writer, the hydrator), `undurable` (the same), the latch (set once by whoever sees it first),
+# writer, the hydrator), `undurable` (the same), `base` (the hydrator syncs, queues change it), the
+# latch (set once by whoever sees it first),
 # `image_lost` (set once by the control thread: the image is not what it was) and `device_bytes`
 # (grown by the control thread, before the kernel sends requests behind the old end).
 cdef struct Shared:
@@ -156,6 +164,7 @@ cdef struct Shared:
     uint8_t* state                 # [image_stripes] StripeState and the hydrator's flags
     uint8_t* table                 # [image_stripes] 1: the base has it; outlives the process
     uint32_t* latch                # in the table: errno of the first failed fdatasync, or 0
+    uint32_t base                  # BaseState
     int64_t undurable              # stripes PRESENT and not yet DURABLE, the running round's too
 
 

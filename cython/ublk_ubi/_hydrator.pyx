@@ -4,14 +4,16 @@ from libc.errno cimport EIO, ENOSPC
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from ublk_ubi._atomic cimport add_i64, ensure, load_i64, load_u32, set_once_u32, store_u8
+from ublk_ubi._atomic cimport (
+    add_i64, ensure, exchange_u32, load_i64, load_u32, set_once_u32, store_u8,
+)
 from ublk_ubi._core cimport (
     ABSENT, ACT_HYDRATED, ACT_READ_IMAGE, ACT_STARTED, ACT_STOPPED, ACT_SYNC_BASE, ACT_WRITE_BASE,
-    ACT_ZERO_BASE, CLAIMED, DATA_OFFSET, DURABLE, EVENT_BUDGET, EVENT_DONE, EVENT_HYDRATE,
-    EVENT_MESSAGE, EVENT_ROUND, EVENT_START, EVENT_STOP, EVENT_TICK, FETCHING, IN_ROUND, MEM_PAGE,
-    MEM_STRIPE, MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN,
-    NONE32, OVERWRITING, PAGE, PRESENT, QUEUED, WANTED, Action, Actions, Event, Shared, emit,
-    image_lost, next_known, stripe_offset,
+    ACT_ZERO_BASE, BASE_SYNCED, BASE_SYNCING, CLAIMED, DATA_OFFSET, DURABLE, EVENT_BUDGET,
+    EVENT_DONE, EVENT_HYDRATE, EVENT_MESSAGE, EVENT_ROUND, EVENT_START, EVENT_STOP, EVENT_TICK,
+    FETCHING, IN_ROUND, MEM_PAGE, MEM_STRIPE, MSG_CLAIM, MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN,
+    MSG_WANT, MSG_WRITTEN, NONE32, OVERWRITING, PAGE, PRESENT, QUEUED, WANTED, Action, Actions,
+    Event, Shared, emit, image_lost, next_known, stripe_offset,
 )
 from ublk_ubi._waiting cimport (
     answer, answer_all, bucket, fifo_pop, fifo_push, has_waiter, list_append, waiter_id,
@@ -72,10 +74,6 @@ cdef inline void set_state(Hydrator* hydrator, uint32_t stripe, uint8_t value) n
 
 cdef inline void set_flag(Hydrator* hydrator, uint32_t stripe, uint8_t flag) noexcept nogil:
     set_state(hydrator, stripe, hydrator.shared.state[stripe] | flag)
-
-
-cdef inline void clear_flag(Hydrator* hydrator, uint32_t stripe, uint8_t flag) noexcept nogil:
-    set_state(hydrator, stripe, hydrator.shared.state[stripe] & ~flag)
 
 
 cdef void make_present(Hydrator* hydrator, uint32_t stripe) noexcept nogil:
@@ -314,6 +312,8 @@ cdef void on_fetch_done(Hydrator* hydrator, uint32_t index, const Event* event,
 
 cdef void start_sync(Hydrator* hydrator, uint8_t phase, Actions* actions) noexcept nogil:
     cdef Action* action = emit(actions, ACT_SYNC_BASE)
+    # Before it begins: a write that ends from here on may not be in it.
+    exchange_u32(&hydrator.shared.base, BASE_SYNCING)
     hydrator.round = phase
     action.token = hydrator.buffers + PAGE_WINDOW
 
@@ -439,6 +439,8 @@ cdef void on_sync_done(Hydrator* hydrator, int32_t result, Actions* actions) noe
         set_once_u32(hydrator.shared.latch, <uint32_t>-result)
     elif latched(hydrator):
         result = -EIO
+    else:
+        set_once_u32(&hydrator.shared.base, BASE_SYNCED)
     if result < 0 or hydrator.round == ROUND_SYNC_PAGES or hydrator.round_count == 0:
         end_round(hydrator, result, actions)
         return
@@ -452,22 +454,17 @@ cdef inline bint latched(Hydrator* hydrator) noexcept nogil:
     return load_u32(hydrator.shared.latch) != 0
 
 
-cdef void fail_joiners(Hydrator* hydrator, Actions* actions) noexcept nogil:
-    """Once latched, those that wait for the next round wait for nothing."""
-    answer_all(hydrator, &hydrator.joining, -EIO, actions)
-
-
 cdef void commit(Hydrator* hydrator, Actions* actions) noexcept nogil:
     """No round runs: begin one if there is anything to it, or anybody waits for it."""
     if latched(hydrator):
-        fail_joiners(hydrator, actions)
+        answer_all(hydrator, &hydrator.joining, -EIO, actions)
     elif hydrator.present_count > 0 or hydrator.joining.first != NONE32:
         start_round(hydrator, actions)
 
 
 cdef void after_round(Hydrator* hydrator, int32_t result, Actions* actions) noexcept nogil:
     if latched(hydrator):
-        fail_joiners(hydrator, actions)
+        answer_all(hydrator, &hydrator.joining, -EIO, actions)
     if hydrator.life == LIFE_STARTING and result < 0:
         started(hydrator, result, actions)
     elif hydrator.life == LIFE_STOPPING:
@@ -493,7 +490,7 @@ cdef void settle(Hydrator* hydrator, Actions* actions) noexcept nogil:
     if hydrator.round != ROUND_IDLE or hydrator.free_count < hydrator.buffers:
         return
     if latched(hydrator):
-        fail_joiners(hydrator, actions)
+        answer_all(hydrator, &hydrator.joining, -EIO, actions)
     if round_due(hydrator):
         start_round(hydrator, actions)
     elif hydrator.stop_result < 0:

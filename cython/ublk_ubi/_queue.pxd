@@ -9,7 +9,7 @@
     WRITE  cold, part of a stripe   AWAITING_STRIPE → WRITING      ├ to be durable:
     WRITE  cold, a whole stripe     AWAITING_CLAIM → OVERWRITE     │   → AWAITING_ROUND or _SYNC
                                       → AWAITING_PRESENT           ┘
-    FLUSH  every stripe DURABLE     AWAITING_SYNC
+    FLUSH  every stripe DURABLE     AWAITING_SYNC; done, if nothing was written since a sync began
     FLUSH  else                     AWAITING_ROUND
     DISCARD                         DISCARDING, once for each row of stripes that the base has
 
@@ -26,6 +26,8 @@ Invariants
   follows it. On a stripe that was not DURABLE *when the write was issued* it joins a round
   afterwards, whatever the stripe has become meanwhile.
 - One fdatasync at a time; who comes while it runs waits for the next.
+- A FLUSH needs no fdatasync when one of the hydrator's began after the last write had ended, and
+  has ended well.
 - The latch is set before any request is failed for a failed fdatasync, and looked at after every
   one that succeeds: once it is set, no FLUSH and no write to be durable succeeds.
 - Once the image is lost no byte of it is served.

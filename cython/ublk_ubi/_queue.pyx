@@ -4,14 +4,14 @@ from libc.errno cimport EINVAL, EIO, EOPNOTSUPP
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
-from ublk_ubi._atomic cimport ensure, load_i64, load_u32, load_u64, set_once_u32
+from ublk_ubi._atomic cimport ensure, load_i64, load_u32, load_u64, set_once_u32, store_u32
 from ublk_ubi._core cimport (
     ACT_COMPLETE, ACT_DISCARD_BASE, ACT_READ_BASE, ACT_READ_IMAGE, ACT_SEND, ACT_SYNC_BASE,
-    ACT_WRITE_BASE, ACT_ZERO_BASE, CACHE_UNSAFE, CACHE_WRITETHROUGH, CLAIMED, DATA_OFFSET, DURABLE,
-    EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST, MEM_REQUEST, MSG_CLAIM, MSG_DONE, MSG_GRANT,
-    MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN, NONE16, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE,
-    OP_WRITE_ZEROES, PRESENT, Action, Actions, Event, Shared, emit, image_lost, stripe_at,
-    stripe_state,
+    ACT_WRITE_BASE, ACT_ZERO_BASE, BASE_CHANGED, BASE_SYNCED, CACHE_UNSAFE, CACHE_WRITETHROUGH,
+    CLAIMED, DATA_OFFSET, DURABLE, EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST, MEM_REQUEST, MSG_CLAIM,
+    MSG_DONE, MSG_GRANT, MSG_HYDRATE, MSG_JOIN, MSG_WANT, MSG_WRITTEN, NONE16, OP_DISCARD, OP_FLUSH,
+    OP_READ, OP_WRITE, OP_WRITE_ZEROES, PRESENT, Action, Actions, Event, Shared, emit, image_lost,
+    stripe_at, stripe_state,
 )
 
 
@@ -145,6 +145,8 @@ cdef void on_flush(Queue* queue, uint16_t tag, Actions* actions) noexcept nogil:
         complete(queue, tag, 0, actions)
     elif load_i64(&queue.shared.undurable) != 0:
         ask(queue, tag, AWAITING_ROUND, MSG_JOIN, 0, actions)
+    elif load_u32(&queue.shared.base) == BASE_SYNCED:
+        complete(queue, tag, 0, actions)
     else:
         await_sync(queue, tag, actions)
 
@@ -257,9 +259,16 @@ cdef void on_request(Queue* queue, const Event* event, Actions* actions) noexcep
         on_write(queue, tag, actions)
 
 
+cdef inline void base_changed(Queue* queue) noexcept nogil:
+    """Before the write completes: a flush that its guest sends then must find it so."""
+    if load_u32(&queue.shared.base) != BASE_CHANGED:
+        store_u32(&queue.shared.base, BASE_CHANGED)
+
+
 cdef void on_write_done(Queue* queue, uint16_t tag, int32_t result,
                         Actions* actions) noexcept nogil:
     cdef Request* request = &queue.requests[tag]
+    base_changed(queue)
     if result < 0:
         complete(queue, tag, result, actions)
     elif request.follows == FOLLOWS_ROUND:
@@ -286,6 +295,7 @@ cdef void on_image_read(Queue* queue, uint16_t tag, int32_t result,
 
 cdef void on_discard_done(Queue* queue, uint16_t tag, int32_t result,
                           Actions* actions) noexcept nogil:
+    base_changed(queue)
     if result < 0:
         complete(queue, tag, result, actions)
     else:

@@ -88,6 +88,8 @@ cdef dict NAMES = {
     "EVENT_START": _core.EVENT_START, "EVENT_STOP": _core.EVENT_STOP,
     "EVENT_HYDRATE": _core.EVENT_HYDRATE, "EVENT_BUDGET": _core.EVENT_BUDGET,
     "EVENT_ROUND": _core.EVENT_ROUND,
+    "BASE_SYNCING": _core.BASE_SYNCING, "BASE_CHANGED": _core.BASE_CHANGED,
+    "BASE_SYNCED": _core.BASE_SYNCED,
     # operations
     "OP_READ": _core.OP_READ, "OP_WRITE": _core.OP_WRITE, "OP_FLUSH": _core.OP_FLUSH,
     "OP_DISCARD": _core.OP_DISCARD, "OP_WRITE_ZEROES": _core.OP_WRITE_ZEROES,
@@ -357,6 +359,14 @@ cdef class Engines:
     def lose_image(self):
         """What the control thread does once the image is not what it was."""
         self.shared.image_lost = 1
+
+    @property
+    def base(self):
+        return self.shared.base
+
+    @base.setter
+    def base(self, uint32_t value):
+        self.shared.base = value
 
     @property
     def undurable(self):

@@ -11,8 +11,8 @@ Invariants
   with pread or pwrite on ublkc (through the ring they would go to a worker); and once, the image's
   descriptor is dropped.
 - A round that is due begins at the end of a turn, when all that has joined is known. While requests
-  wait for their stripes, which would need a round of their own, it is held back: as long as rounds
-  take on the average, and MAX_HOLD_NS, at the most. A lone writer is never held back.
+  wait for their stripes, which would need a round of their own, it is held back: for as long as
+  HOLD_ROUNDS take on the average, and MAX_HOLD_NS, at the most. A lone writer is never held back.
 - A request's buffer is the kernel's until its CQE and after its COMMIT, ours in between.
 """
 
@@ -28,6 +28,7 @@ from ublk_ubi._ring cimport Op, Ring
 
 cdef enum:
     TICK_NS = 1000000000
+    HOLD_ROUNDS = 4
     MAX_HOLD_NS = 5000000
 
 # How far a thread is; the control thread reads it, told of changes by `notify_fd`.

@@ -459,12 +459,12 @@ cdef inline uint64_t hold_end(const HydratorThread* thread) noexcept nogil:
     """ns: when a round that is due is held back no longer; 2^64 − 1: none is."""
     if thread.due_since == 0:
         return <uint64_t>-1
-    return thread.due_since + min(thread.round_ns, <uint64_t>MAX_HOLD_NS)
+    return thread.due_since + min(HOLD_ROUNDS * thread.round_ns, <uint64_t>MAX_HOLD_NS)
 
 
 cdef void pace_rounds(HydratorThread* thread, uint64_t now) noexcept nogil:
-    """Begin the round that is due, unless others are about to join: as jbd2 does, it waits for them
-    as long as a round takes. So nobody waits for more than twice that."""
+    """Begin the round that is due, unless stripes are on their way that would need the next. A
+    flush stands for all that the kernel keeps behind it: it may wait for more than one round."""
     cdef Hydrator* hydrator = &thread.hydrator
     if thread.round_began != 0 and hydrator.round == ROUND_IDLE:
         thread.round_ns = (3 * thread.round_ns + now - thread.round_began) // 4

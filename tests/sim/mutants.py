@@ -198,10 +198,28 @@ REQUESTS = (
     Mutant("flush acknowledged early",
            "no bit is durable yet",
            (Change(QUEUE, """        ask(queue, tag, AWAITING_ROUND, MSG_JOIN, 0, actions)
-    else:
-        await_sync(""", """        complete(queue, tag, 0, actions)
-    else:
-        await_sync("""),)),
+    elif load_u32(""", """        complete(queue, tag, 0, actions)
+    elif load_u32("""),)),
+    Mutant("flush answered by an fdatasync that has not ended",
+           "it may fail, or the power be lost before",
+           (Change(QUEUE, "    elif load_u32(&queue.shared.base) == BASE_SYNCED:\n",
+                   "    elif load_u32(&queue.shared.base) != BASE_CHANGED:\n"),)),
+    Mutant("flush answered by an fdatasync that began before a write had ended",
+           "that write is in no fdatasync",
+           (Change(HYDRATOR, "        set_once_u32(&hydrator.shared.base, BASE_SYNCED)\n",
+                   "        exchange_u32(&hydrator.shared.base, BASE_SYNCED)\n"),)),
+    Mutant("a write does not say that it has changed the base",
+           "the flush after it finds nothing to do",
+           (Change(QUEUE, "    base_changed(queue)\n    if result < 0:\n"
+                   "        complete(queue, tag, result, actions)\n    elif", """    if result < 0:
+        complete(queue, tag, result, actions)
+    elif"""),)),
+    Mutant("a discard does not say that it has changed the base",
+           "what it gave back comes again after a flush and a power loss",
+           (Change(QUEUE, "    base_changed(queue)\n    if result < 0:\n"
+                   "        complete(queue, tag, result, actions)\n    else", """    if result < 0:
+        complete(queue, tag, result, actions)
+    else"""),)),
     Mutant("flush joins an fdatasync that has begun",
            "it began before the writes that the flush is for were complete",
            (Change(QUEUE, """    queue.requests[tag].next = queue.sync_next

@@ -65,7 +65,8 @@ ASKED = "WANT, HYDRATE, CLAIM"
 GRIDS = (
     Grid("a request comes", 0, REQUESTS, STRIPE_STATES, _every(REQUESTS)),
     Grid("a flush comes", 40, ("FLUSH",),
-         ("all durable", "an fdatasync runs", "not all durable", "latched", "unsafe"),
+         ("all durable", "an fdatasync runs", "not all durable", "latched", "unsafe",
+          "all durable and synced"),
          {"FLUSH": "*"}),
     Grid("the queue refuses", 46, ("request",), ("durable once latched",), {"request": "*"}),
     Grid("a request comes once the image is lost", 460, LOST, STRIPE_STATES, _every(LOST)),

@@ -31,6 +31,38 @@ def test_the_order_of_a_round() -> None:
     assert b.e.hydrator_stats["joined"] == 1
 
 
+@pytest.mark.parametrize("phase", ["data", "pages", "pages' sync"])
+@pytest.mark.parametrize("changes", [False, True])
+def test_the_base_is_synced_by_an_fdatasync_that_began_after_its_last_change(
+        phase: str, changes: bool) -> None:
+    b = Bench()
+    b.make_present(S)
+    b.e.base = t.BASE_CHANGED
+    b.commit(0)
+    for now, end in (("data", b.synced_now), ("pages", lambda: b.done(b.page_token())),
+                     ("pages' sync", b.synced_now)):
+        if now != "pages":
+            assert b.e.base == t.BASE_SYNCING
+        elif changes and phase == "data":
+            assert b.e.base == t.BASE_CHANGED
+        else:
+            assert b.e.base == t.BASE_SYNCED
+        if changes and now == phase:
+            b.e.base = t.BASE_CHANGED
+        end()
+    late = changes and phase == "pages' sync"
+    assert b.e.base == (t.BASE_CHANGED if late else t.BASE_SYNCED)
+
+
+@pytest.mark.parametrize("latched", [False, True])
+def test_an_fdatasync_that_fails_has_synced_nothing(latched: bool) -> None:
+    b = Bench()
+    b.commit(0)
+    b.e.latch = EIO if latched else 0
+    b.synced_now(0 if latched else -EIO)
+    assert b.e.base == t.BASE_SYNCING
+
+
 def test_a_round_without_stripes_is_one_fdatasync() -> None:
     b = Bench()
     assert b.commit(0) == [sync(b.sync_token)]

@@ -111,6 +111,37 @@ def test_flush_is_one_fdatasync_only_if_nothing_is_undurable() -> None:
     assert submit(e, FLUSH) == [sync(SYNC_TOKEN)]
 
 
+@pytest.mark.parametrize("base", [t.BASE_SYNCING, t.BASE_CHANGED, t.BASE_SYNCED])
+@pytest.mark.parametrize("cache", [t.CACHE_WRITEBACK, t.CACHE_WRITETHROUGH])
+def test_flush_with_nothing_written_since_a_round_needs_no_fdatasync(base: int, cache: int) -> None:
+    e = engine(clean=True, cache=cache)
+    e.base = base
+    synced = base == t.BASE_SYNCED
+    assert submit(e, FLUSH) == [complete(TAG, 0) if synced else sync(SYNC_TOKEN)]
+
+
+@pytest.mark.parametrize("result", [PART, -EIO])
+@pytest.mark.parametrize("base", [t.BASE_SYNCING, t.BASE_SYNCED])
+@pytest.mark.parametrize("op", [WRITE, ZEROES, DISCARD])
+def test_what_changes_the_base_says_so_when_it_ends(op: int, base: int, result: int) -> None:
+    e = engine(clean=True)
+    e.base = base
+    submit(e, op, COMMITTED)
+    assert e.base == base
+    ended(e, result)
+    assert e.base == t.BASE_CHANGED
+    assert submit(e, FLUSH) == [sync(SYNC_TOKEN)]
+
+
+def test_a_synced_base_needs_a_round_for_what_is_undurable_and_fails_once_latched() -> None:
+    e = engine()
+    e.base = t.BASE_SYNCED
+    assert submit(e, FLUSH, tag=0) == [ask(t.MSG_JOIN, 0)]
+    e.set_state(HAS_DATA, t.DURABLE)
+    e.latch = EIO
+    assert submit(e, FLUSH) == [complete(TAG, -EIO)]
+
+
 def test_flushes_that_come_while_an_fdatasync_runs_share_the_next_one() -> None:
     e = engine(clean=True)
     assert submit(e, FLUSH, tag=0) == [sync(SYNC_TOKEN)]

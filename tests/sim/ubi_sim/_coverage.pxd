@@ -23,8 +23,9 @@ cdef enum:
     ZERO_WHOLE_ROW = 6
     DISCARD_ROW = 7                # at its first stripe
 
-    # A flush arrives: all durable, all durable but a sync runs, not all durable, latched, unsafe.
-    AT_FLUSH = 40                  # 1 × 5
+    # A flush arrives: all durable, all durable but a sync runs, not all durable, latched, unsafe,
+    # all durable and nothing written since a sync began.
+    AT_FLUSH = 40                  # 1 × 6
     # What the queue refuses: a write to be durable once latched.
     AT_REFUSED = 46                # 1 × 1
 

@@ -4,10 +4,10 @@ from libc.stdint cimport uint16_t, uint32_t, uint8_t
 from libc.string cimport memcmp
 
 from ublk_ubi._core cimport (
-    CACHE_UNSAFE, CACHE_WRITETHROUGH, CLAIMED, EVENT_DONE, EVENT_MESSAGE, EVENT_REQUEST,
-    EVENT_ROUND, EVENT_STOP, EVENT_TICK, IN_ROUND, MSG_CLAIM, MSG_GRANT, MSG_HYDRATE, MSG_JOIN,
-    MSG_WANT, MSG_WRITTEN, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, OVERWRITING,
-    PRESENT, QUEUED, STATE_MASK, WANTED, Event, Shared, stripe_state,
+    BASE_SYNCED, CACHE_UNSAFE, CACHE_WRITETHROUGH, CLAIMED, EVENT_DONE, EVENT_MESSAGE,
+    EVENT_REQUEST, EVENT_ROUND, EVENT_STOP, EVENT_TICK, IN_ROUND, MSG_CLAIM, MSG_GRANT, MSG_HYDRATE,
+    MSG_JOIN, MSG_WANT, MSG_WRITTEN, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES,
+    OVERWRITING, PRESENT, QUEUED, STATE_MASK, WANTED, Event, Shared, stripe_state,
 )
 from ublk_ubi._format cimport FLAG_OPEN
 from ublk_ubi._hydrator cimport FETCH_READ, PAGE_WINDOW, Hydrator
@@ -56,6 +56,8 @@ cdef void cover_request(World* world, uint16_t queue, const Event* event) noexce
             cover(world, AT_FLUSH + 4)
         elif shared.undurable != 0:
             cover(world, AT_FLUSH + 2)
+        elif shared.base == BASE_SYNCED:
+            cover(world, AT_FLUSH + 5)
         else:
             cover(world, AT_FLUSH + (1 if world.engines.queues[queue].syncing else 0))
     elif durable and latched and (event.op == OP_WRITE or event.op == OP_WRITE_ZEROES):

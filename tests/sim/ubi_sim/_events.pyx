@@ -256,6 +256,9 @@ cdef bint any_event(World* world, bint requests) noexcept nogil:
     world.budget -= 1
     if one_in(world, rarity(world)) and rare_event(world):
         return not halted(world)
+    if here(world).table.latch and one_in(world, 2) and take_some_mail(world):
+        # What was sent before that meets the running round.
+        return not halted(world)
     if one_in(world, 2) and begin_round(world):
         return not halted(world)
     choice = below(world, world.pace.mail + world.pace.io + world.pace.request)

@@ -11,7 +11,7 @@ from ublk_ubi._core cimport (
     Action,
 )
 from ublk_ubi._format cimport SLOT_OFFSET, all_zero
-from ublk_ubi._hydrator cimport ROUND_IDLE, round_due
+from ublk_ubi._hydrator cimport ROUND_IDLE, ROUND_WRITE_PAGES
 from ublk_ubi._lifecycle cimport SCRATCH_BYTES
 from ubi_sim._disk cimport (
     disk_dsync, disk_forget, disk_has_room, disk_land, disk_land_part, disk_sync_failed,
@@ -410,12 +410,10 @@ cdef bint goes_on(World* world, Io* io, int32_t fault) noexcept nogil:
 
 
 cdef bint meets_round(const World* world, const Io* io) noexcept nogil:
-    """A queue's fdatasync while a round runs or is due, where such fail: the most is to go wrong
-    then."""
+    """A queue's fdatasync while a round runs, where such fail: the most is to go wrong then."""
     return (io.action.kind == ACT_SYNC_BASE and io.owner < MAX_QUEUES
             and has(world, WITH_SYNC_FAULTS) and not world.quiet and not world.accepted
-            and (world.engines.hydrator.round != ROUND_IDLE
-                 or round_due(&world.engines.hydrator)))
+            and world.engines.hydrator.round != ROUND_IDLE)
 
 
 cdef bint io_attempt(World* world, int index, int32_t* result) noexcept nogil:
@@ -432,7 +430,8 @@ cdef bint io_attempt(World* world, int index, int32_t* result) noexcept nogil:
         return True
     if io.owner != OWNER_NOBODY:
         fault = io_fault(world, io.action.kind)
-        if fault == 0 and meets_round(world, io) and one_in(world, 2):
+        if fault == 0 and meets_round(world, io) and (
+                world.engines.hydrator.round == ROUND_WRITE_PAGES or one_in(world, 2)):
             fault = -EIO
     if goes_on(world, io, fault):
         return False
