@@ -52,14 +52,22 @@ def publish_link(name: str, dev_id: int) -> str:
         found = _link_target(folder_fd, name)
         if found is not None and not re.fullmatch(_DEVICE, os.path.basename(found)):
             raise UbiError(f"{link_path(name)} is in the way: it is not a link to a ublk device")
-        temporary = f".{name}.{os.getpid()}"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary, dir_fd=folder_fd)
-        os.symlink(device_path(dev_id), temporary, dir_fd=folder_fd)
-        os.rename(temporary, name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
+        _remove_unfinished(folder_fd, name)
+        os.symlink(device_path(dev_id), _unfinished(name), dir_fd=folder_fd)
+        os.rename(_unfinished(name), name, src_dir_fd=folder_fd, dst_dir_fd=folder_fd)
     finally:
         os.close(folder_fd)
     return link_path(name)
+
+
+def _unfinished(name: str) -> str:
+    """Name a link that is not published yet: no disk's name, and known to who comes next."""
+    return f".{name}"
+
+
+def _remove_unfinished(folder_fd: int, name: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(_unfinished(name), dir_fd=folder_fd)
 
 
 def remove_link(name: str, dev_id: int) -> bool:
@@ -73,6 +81,7 @@ def remove_link(name: str, dev_id: int) -> bool:
     except OSError:
         return False
     try:
+        _remove_unfinished(folder_fd, name)
         if _link_target(folder_fd, name) != device_path(dev_id):
             return False
         os.unlink(name, dir_fd=folder_fd)

@@ -54,6 +54,26 @@ def test_publish_replace_remove(dev: Path) -> None:
     assert (dev / "ublk-ubi").stat().st_mode & 0o777 == 0o755
 
 
+@pytest.mark.parametrize("next_step", ["publish", "remove"])
+def test_what_a_daemon_left_that_died_on_the_way_goes(
+    dev: Path, monkeypatch: pytest.MonkeyPatch, next_step: str,
+) -> None:
+    def die(*_names: str, **_folders: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", die)
+        with pytest.raises(KeyboardInterrupt):
+            links.publish_link("vm", 3)
+    assert os.listdir(dev / "ublk-ubi") != []
+    if next_step == "publish":
+        links.publish_link("vm", 4)
+        assert os.listdir(dev / "ublk-ubi") == ["vm"]
+    else:
+        assert not links.remove_link("vm", 3)
+        assert os.listdir(dev / "ublk-ubi") == []
+
+
 @pytest.mark.parametrize(
     "make",
     [
