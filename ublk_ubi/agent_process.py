@@ -132,6 +132,11 @@ class AgentProcess:
         command = device.to_bytes(8, sys.byteorder) + bytes(24)
         return self.call(control_agent.OPENERS, command, b"", deadline)[0]
 
+    def unschedule(self, device_id: int, deadline: float) -> int:
+        """Have it take a disk's I/O scheduler away; returns 0 or -errno."""
+        command = device_id.to_bytes(8, sys.byteorder) + bytes(24)
+        return self.call(control_agent.UNSCHEDULE, command, b"", deadline)[0]
+
     def call(
         self, operation: int, command: bytes, buffer: bytes, deadline: float, *, fd: int = -1,
     ) -> tuple[int, bytes]:

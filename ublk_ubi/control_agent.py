@@ -10,7 +10,8 @@ of the files: any change of it changes `PROTOCOL`.
 
     to the agent     REQUEST: operation code, struct ublksrv_ctrl_cmd; then the command's buffer.
                      Or one of its own: CONFINE (a descriptor: the mount namespace to join, or
-                     none), FORK (a descriptor: the new agent's end), OPENERS (a device number)
+                     none), FORK (a descriptor: the new agent's end), OPENERS (a device number),
+                     UNSCHEDULE (a ublk id)
     from the agent   REPLY: kind, value; then what the kind says
                      READY    value: PROTOCOL; sent once, when /dev/ublk-control is open
                      RESULT   value: the command's result or -errno; then the buffer
@@ -33,14 +34,15 @@ import os
 import select
 import struct
 import sys
+import time
 
 from ublk_ubi import liburing
 
-PROTOCOL = 2
+PROTOCOL = 3
 REQUEST = struct.Struct("=I32s")
 REPLY = struct.Struct("=Ii")
 READY, RESULT, FAILED = 1, 2, 3
-CONFINE, FORK, OPENERS = 1, 2, 3  # no operation code of ublk's is so low
+CONFINE, FORK, OPENERS, UNSCHEDULE = 1, 2, 3, 4  # no operation code of ublk's is so low
 
 KEPT = ("CAP_SYS_ADMIN", "CAP_SYS_PTRACE")  # the control device; who has a disk open
 
@@ -53,6 +55,7 @@ _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _BLOCK = 6  # S_IFBLK, in the type's four bits
 _IGNORED_SIGNALS = (1, 2, 15, 30)  # SIGHUP, SIGINT, SIGTERM, SIGPWR
 _SIG_IGN = 1
+_IDLE_TRIES, _IDLE_WAIT_S = 20, 0.01
 
 
 def ignore_signals() -> None:
@@ -170,6 +173,30 @@ def _is_device(path: str, device: int) -> bool:
     return status.st_rdev == device and status.st_mode >> 12 == _BLOCK
 
 
+def unschedule(device_id: int) -> int:
+    """Take a disk's I/O scheduler away; returns 0 or -errno, -EBUSY: it has requests.
+
+    The switch waits for requests, and others for the switch (block/elevator.c freezes the queue).
+    """
+    folder = f"/sys/block/ublkb{device_id}"
+    try:
+        fd = os.open(f"{folder}/queue/scheduler", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            if b"[none]" in os.read(fd, 4096):
+                return 0
+            for _ in range(_IDLE_TRIES):
+                with open(f"{folder}/inflight") as file:
+                    if not any(map(int, file.read().split())):
+                        os.write(fd, b"none")
+                        return 0
+                time.sleep(_IDLE_WAIT_S)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return -(error.errno or errno.EIO)
+    return -errno.EBUSY
+
+
 def serve(control_fd: int) -> None:
     """Serve requests until the parent closes the socket."""
     sock = _socket.socket(fileno=_STDIN)
@@ -193,6 +220,8 @@ def serve(control_fd: int) -> None:
                 send(RESULT, pid)
         elif operation == OPENERS:
             send(RESULT, openers(int.from_bytes(command[:8], sys.byteorder)))
+        elif operation == UNSCHEDULE:
+            send(RESULT, unschedule(int.from_bytes(command[:8], sys.byteorder)))
         else:
             send(RESULT, *execute(ring, control_fd, packet))
 
@@ -207,7 +236,7 @@ def become(their_fd: int, control_path: str) -> None:
     null_fd = os.open(os.devnull, os.O_RDWR)
     os.dup2(null_fd, _STDOUT)
     os.dup2(null_fd, _STDERR)
-    os.closerange(_STDERR + 1, os.sysconf("SC_OPEN_MAX"))
+    os.closerange(_STDERR + 1, 1 << 30)  # whatever the limit is by now
     main(control_path)
 
 

@@ -23,7 +23,6 @@ from ublk_ubi.abi import ZERO_COPY, DevState, Feature
 from ublk_ubi.config import resolve_owner
 from ublk_ubi.control import Control, ControlError
 from ublk_ubi.device_params import AddParams, DeviceParams, DiscardLimits
-from ublk_ubi.elevator import Elevator
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.options import COPY_BUFFERS, DEFAULT_DEPTH
 
@@ -56,7 +55,6 @@ class KernelDevice:
         # While names of users, and udev, are within reach (sandbox.py).
         self.owner = resolve_owner(options.owner) if options.owner is not None else (-1, -1)
         self._udev: node.Udev
-        self._elevator: Elevator
         if options.data_path == "zero-copy" and ZERO_COPY not in self.features:
             raise UbiError(
                 "--data-path zero-copy: this kernel's ublk driver has none (Linux 6.16 has): drop "
@@ -89,7 +87,6 @@ class KernelDevice:
         A helper that died, or is late, may have made a device and not have told of it.
         """
         self._udev = node.Udev()
-        self._elevator = Elevator()
         try:
             self._make(stripe_bytes)
         except UbiError:
@@ -246,9 +243,10 @@ class KernelDevice:
         if self.recovered:
             self.control.end_user_recovery(self.info.id, os.getpid(), timeout_s=START_TIMEOUT_S)
             return
-        with self._udev as udev, self._elevator as elevator:
+        with self._udev as udev:
             self.control.start_dev(self.info.id, os.getpid(), timeout_s=START_TIMEOUT_S)
-            elevator.drop(os.path.basename(self.info.disk_path))
+            with contextlib.suppress(UbiError):  # slower with one, and no failure
+                self.control.unschedule(self.info.id)
             try:
                 node.give(self.info.disk_path, self.owner, self._options.mode, udev)
             except BaseException:

@@ -52,19 +52,19 @@ def fake_agent(body, *arguments):
 
 PLAYER = """
 answers, log = json.loads(sys.argv[1]), open(sys.argv[2], "a")
-send(1, 2)
+send(1, 3)
 while True:
     operation, fields, buffer = receive()
     print(json.dumps([operation, fields, buffer.hex()]), file=log, flush=True)
     result, data = answers.get(str(operation), [0, ""])
     send(2, result, bytes.fromhex(data) or buffer)
 """
-STUCK = "send(1, 2); receive(); time.sleep(60)"
+STUCK = "send(1, 3); receive(); time.sleep(60)"
 SILENT = "time.sleep(60)"
-DIES_IN_A_COMMAND = "send(1, 2); receive(); os._exit(3)"
+DIES_IN_A_COMMAND = "send(1, 3); receive(); os._exit(3)"
 DIES_AT_ONCE = "os._exit(4)"
 DIES_THE_FIRST_TIME = """
-send(1, 2)
+send(1, 3)
 receive()
 with open(sys.argv[1], "a+") as file:
     file.write("!")
@@ -75,7 +75,7 @@ send(2, int(sys.argv[2]))
 """
 OF_ANOTHER_VERSION = "send(1, 99); receive()"
 CANNOT_WORK = """send(3, 2, "io_uring is forbidden here".encode()); os._exit(0)"""
-TALKS_NONSENSE = "send(1, 2); receive(); send(2, 0, b'more than was asked for')"
+TALKS_NONSENSE = "send(1, 3); receive(); send(2, 0, b'more than was asked for')"
 
 
 class Driver:
@@ -310,7 +310,7 @@ def test_an_error_of_a_command_does_not_cost_the_agent(play):
     [
         (DIES_IN_A_COMMAND, r"ended in a command \(exit status 3\)"),
         (DIES_AT_ONCE, r"ended before it was ready \(exit status 4\)"),
-        (OF_ANOTHER_VERSION, r"protocol 99, not 2: .* upgraded .* restart"),
+        (OF_ANOTHER_VERSION, r"protocol 99, not 3: .* upgraded .* restart"),
         (CANNOT_WORK, r"^io_uring is forbidden here$"),
         (TALKS_NONSENSE, r"cannot be read"),
     ],
@@ -384,7 +384,7 @@ def test_a_helper_that_is_never_ready_is_abandoned(monkeypatch):
 def test_a_slow_start_does_not_count_as_the_commands_time():
     body = """
     time.sleep(0.5)
-    send(1, 2)
+    send(1, 3)
     while True:
         receive()
         send(2, 0)
@@ -413,7 +413,7 @@ def test_after_an_abandoned_command_the_next_one_has_a_new_agent(tmp_path):
     body = """
     first = not os.path.exists(sys.argv[1])
     open(sys.argv[1], "w").close()
-    send(1, 2)
+    send(1, 3)
     while True:
         receive()
         if first:
@@ -468,7 +468,7 @@ def test_an_agent_killed_while_idle_is_replaced(play):
 
 
 def test_threads_do_not_wait_for_one_another():
-    body = "send(1, 2)\nwhile True:\n    receive(); time.sleep(0.4); send(2, 0)"
+    body = "send(1, 3)\nwhile True:\n    receive(); time.sleep(0.4); send(2, 0)"
     with Control(agent_command=fake_agent(body)) as opened:
         threads = [threading.Thread(target=opened.stop_dev, args=(n,)) for n in range(6)]
         started = time.monotonic()
@@ -481,7 +481,7 @@ def test_threads_do_not_wait_for_one_another():
 
 
 def test_closing_while_a_command_runs_ends_its_agent_after_it():
-    body = "send(1, 2)\nwhile True:\n    receive(); time.sleep(0.4); send(2, 0)"
+    body = "send(1, 3)\nwhile True:\n    receive(); time.sleep(0.4); send(2, 0)"
     opened = Control(agent_command=fake_agent(body))
     (pid,) = idle_pids(opened)
     thread = threading.Thread(target=opened.stop_dev, args=(1,))
@@ -510,7 +510,7 @@ def test_the_caller_ends_although_the_helper_does_not(tmp_path):
     if os.fork() == 0:
         open({str(survivor)!r}, "w").write(str(os.getpid()))
         time.sleep(30)
-    send(1, 2); receive(); time.sleep(30)
+    send(1, 3); receive(); time.sleep(30)
     """
     code = """
     import json, sys
@@ -635,7 +635,7 @@ def test_the_agents_default_command_is_isolated():
 
 def test_the_protocols_layout_is_fixed():
     """An older process may talk to newer files: a change must change PROTOCOL, and this test."""
-    assert control_agent.PROTOCOL == 2
+    assert control_agent.PROTOCOL == 3
     assert (control_agent.REQUEST.format, control_agent.REQUEST.size) == ("=I32s", 36)
     assert (control_agent.REPLY.format, control_agent.REPLY.size) == ("=Ii", 8)
     assert (control_agent.READY, control_agent.RESULT, control_agent.FAILED) == (1, 2, 3)
