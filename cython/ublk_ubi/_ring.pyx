@@ -82,9 +82,12 @@ cdef io_uring_sqe* make_room(Ring* ring) noexcept nogil:
 
 
 cdef inline io_uring_sqe* next_sqe(Ring* ring) noexcept nogil:
-    """A free SQE, to be filled in all its fields."""
+    """A free SQE, all zero: io_uring_prep_… clears what it does not set up to liburing 2.5 only."""
     cdef io_uring_sqe* sqe = get_sqe(&ring.uring)
-    return sqe if sqe != NULL else make_room(ring)
+    if sqe == NULL:
+        sqe = make_room(ring)
+    memset(sqe, 0, sizeof(io_uring_sqe))
+    return sqe
 
 
 # -- operations ----------------------------------------------------------------------------------
@@ -248,7 +251,6 @@ cdef void ring_ublk(Ring* ring, uint32_t command, uint16_t queue, uint16_t tag, 
     """FETCH, or COMMIT with the result of the tag's request."""
     cdef io_uring_sqe* sqe = next_sqe(ring)
     cdef ubi_ublk_io_cmd* io_cmd = <ubi_ublk_io_cmd*>sqe.cmd
-    memset(sqe, 0, 64)
     sqe.opcode = IORING_OP_URING_CMD
     sqe.flags = IOSQE_FIXED_FILE
     sqe.fd = FILE_UBLKC

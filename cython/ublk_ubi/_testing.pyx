@@ -49,11 +49,10 @@ cdef extern from *:
     {
         return &ring->sq.sqes[(ring->sq.sqe_head + i) & ring->sq.ring_mask];
     }
-    static inline uint32_t ubi_sqe_rw_flags(const struct io_uring_sqe *sqe)
-    {
-        return sqe->rw_flags;
-    }
-    static inline unsigned ubi_sqe_buffer(const struct io_uring_sqe *sqe) { return sqe->buf_index; }
+    /* What any earlier use may have left in SQEs. */
+    static inline void ubi_soil(struct io_uring *r)
+    { memset(r->sq.sqes, 0xff, r->sq.ring_entries * sizeof(*r->sq.sqes)); }
+    static inline uint32_t ubi_sqe_rw_flags(const struct io_uring_sqe *s) { return s->rw_flags; }
     static inline uint64_t ubi_sqe_addr3(const struct io_uring_sqe *sqe)
     {
         uint64_t value;
@@ -74,7 +73,7 @@ cdef extern from *:
     int eventfd_write(int fd, uint64_t value) noexcept nogil
     int sched_yield() noexcept nogil
     uint32_t ubi_sqe_rw_flags(const io_uring_sqe* sqe) noexcept nogil
-    unsigned ubi_sqe_buffer(const io_uring_sqe* sqe) noexcept nogil
+    void ubi_soil(io_uring* ring) noexcept nogil
     uint64_t ubi_sqe_addr3(const io_uring_sqe* sqe) noexcept nogil
 
 cdef dict NAMES = {
@@ -707,6 +706,7 @@ cdef class RingBench:
         if status < 0:
             raise OSError(-status, "no io_uring")
         self.there = True
+        ubi_soil(&self.ring.uring)
         for kind in range(5):
             self.ring.memory[kind].start = &view[kind * area]
             self.ring.memory[kind].stride = stride
@@ -736,7 +736,7 @@ cdef class RingBench:
             if self.address <= sqe.addr < self.address + 5 * self.area:
                 address -= self.address
             found.append(Sqe(sqe.opcode, sqe.flags, sqe.fd, sqe.off, address, sqe.len,
-                             ubi_sqe_rw_flags(sqe), sqe.user_data, ubi_sqe_buffer(sqe),
+                             ubi_sqe_rw_flags(sqe), sqe.user_data, sqe.buf_index,
                              ubi_sqe_addr3(sqe)))
         return found
 

@@ -123,10 +123,13 @@ AROUND = (
     Mutant("whole seconds are lost", "timeout_ns // 1000000000", "0"),
     Mutant("the time's end is a fault", "status == -ETIME", "False"),
 )
+SQES = (
+    Mutant("an SQE is as its last use left it", "memset(sqe, 0, sizeof(io_uring_sqe))", "pass"),
+)
 HARMLESS = (
     Mutant("a comparison the other way round", "op.retries < MAX_RETRIES",
            "not (op.retries >= MAX_RETRIES)", survives=True),
     Mutant("room for more completions", "4 * entries", "8 * entries", survives=True),
 )
 
-MUTANTS = ASKED + SHORT + ZEROS + PAGES + IMAGE_END + ERRORS + AROUND + HARMLESS
+MUTANTS = ASKED + SHORT + ZEROS + PAGES + IMAGE_END + ERRORS + AROUND + SQES + HARMLESS
