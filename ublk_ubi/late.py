@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from _thread import allocate_lock
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+_looking = allocate_lock()
 MANY_OBJECTS = 30_000              # more than a command or daemon has once it has begun
 
 
@@ -30,8 +32,9 @@ class _Late(ModuleType):
 def _load(name: str) -> Any:
     from importlib import import_module
 
-    if isinstance(sys.modules.get(name), _Late):
-        del sys.modules[name]
+    with _looking:
+        if isinstance(sys.modules.get(name), _Late):
+            del sys.modules[name]
     return import_module(name)
 
 
