@@ -14,8 +14,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 pytest.register_assert_rewrite("enginekit")
 
-# A background job of a shell ignores Ctrl-C, and what it starts inherits that; tests send it.
+# A shell's background job ignores Ctrl-C, nohup's hangups, and what they start does so, too: tests
+# send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # In CI the same examples every time, and a failure that anybody can repeat.
 hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None)
