@@ -188,7 +188,7 @@ class Killer:
             if not self._kill(disk, action):
                 return
             self._judge(disk, action.name if action else "any time")
-            assert self.repeated.total() <= 2 * kills + 10, (self.counted, self.repeated)
+            assert self.repeated.total() <= 4 * kills + 20, (self.counted, self.repeated)
             self._recover(disk)
 
     def _kill(self, disk: Loaded, action: Action | None) -> bool:
