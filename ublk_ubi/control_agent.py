@@ -236,7 +236,9 @@ def become(their_fd: int, control_path: str) -> None:
     null_fd = os.open(os.devnull, os.O_RDWR)
     os.dup2(null_fd, _STDOUT)
     os.dup2(null_fd, _STDERR)
-    os.closerange(_STDERR + 1, 1 << 30)  # whatever the limit is by now
+    # As far as there are any: the limit may be below that by now, and where Python knows no
+    # close_range(2) it tries each number.
+    os.closerange(_STDERR + 1, max(map(int, os.listdir("/proc/self/fd"))) + 1)
     main(control_path)
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import resource
 import signal
 import threading
 import time
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LIMIT_S = 20.0
+LOWERED = 512                      # a limit of descriptors, of which one is beyond it
 
 
 def soon() -> float:
@@ -59,7 +62,15 @@ def test_a_fork_of_ours_has_nothing_of_ours(tmp_path: Path) -> None:
     """It answers as one that is run, and has nothing else: no file, folder, session, terminal."""
     inherited = os.open(tmp_path, os.O_RDONLY)
     os.set_inheritable(inherited, True)
-    run, forked = AgentProcess(default_command("/dev/null")), forked_agent("/dev/null")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    run = AgentProcess(default_command("/dev/null"))
+    beyond = fcntl.fcntl(inherited, fcntl.F_DUPFD, LOWERED)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (LOWERED, hard))
+    try:
+        forked = forked_agent("/dev/null")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(beyond)
     try:
         for agent in (run, forked):
             agent.call(0xC0207504, bytes(32), b"buffer", soon())
