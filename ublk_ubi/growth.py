@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from ublk_ubi import zeroing
@@ -42,6 +43,7 @@ def prepare(session: Session, size: int | None, *, keep_old_data: bool) -> int:
         if wanted > session.size and base.is_block and not keep_old_data:
             start = METADATA_SIZE + session.size
             zeroing.zero(base.fd, start, wanted - session.size, is_block=True)
+            os.fsync(base.fd)  # a guest's flush need not do so: it knows of guests' writes alone
     except OSError as error:
         raise UbiError(
             f"base {shown(base.path)}: its new part cannot be zeroed: {error.strerror}; "

@@ -67,3 +67,14 @@ def test_what_cannot_be_zeroed_is_told(session: Any, monkeypatch: pytest.MonkeyP
     with pytest.raises(UbiError, match="new part cannot be zeroed: Input/output error; --keep-old"):
         growth.prepare(session, None, keep_old_data=False)
     assert growth.prepare(session, None, keep_old_data=True) == 2 * SIZE
+
+
+def test_what_is_zeroed_is_durable(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest's flush covers what guests have written, and need not sync for more."""
+    done: list[str] = []
+    session.base.is_block = True
+    session.size -= 4096
+    monkeypatch.setattr(growth.zeroing, "zero", lambda *_, **__: done.append("zeroed"))
+    monkeypatch.setattr(os, "fsync", lambda _fd: done.append("synced"))
+    assert growth.prepare(session, None, keep_old_data=False) == SIZE
+    assert done == ["zeroed", "synced"]
