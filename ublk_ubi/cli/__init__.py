@@ -115,7 +115,8 @@ def run(arguments: list[str]) -> int:
     """Run one command line; returns the exit code."""
     try:
         result = cli.main(arguments or ["--help"], prog_name=PROGRAM, standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may have been closed
+            sys.stdout.flush()
     except UbiError as error:
         return complain(error.message, error.code)
     except click.UsageError as error:

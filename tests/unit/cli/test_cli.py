@@ -750,3 +750,11 @@ def test_shares(hydrated: int, total: int, text: str) -> None:
 
 def test_status_schema_is_complete() -> None:
     assert set(STATUS_KEYS) <= {field.encode_name for field in msgspec.structs.fields(Status)}
+
+
+def test_output_that_nobody_wants_is_no_error() -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *REAL, "--help"], stderr=subprocess.PIPE, text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
