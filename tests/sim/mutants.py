@@ -42,6 +42,9 @@ START_ROUND = """    hydrator.joined = hydrator.joining
 """
 SYNC_DATA = "    start_sync(hydrator, ROUND_SYNC_DATA, actions)\n"
 WHOLE_STRIPE = "    elif request.length == queue.shared.stripe_bytes:\n"
+IF_FAILED = """    if result < 0:
+        complete(queue, tag, result, actions)
+    """
 DISCARD_MORE = """        discard_more(queue, tag, actions)
 
 
@@ -210,16 +213,10 @@ REQUESTS = (
                    "        exchange_u32(&hydrator.shared.base, BASE_SYNCED)\n"),)),
     Mutant("a write does not say that it has changed the base",
            "the flush after it finds nothing to do",
-           (Change(QUEUE, "    base_changed(queue)\n    if result < 0:\n"
-                   "        complete(queue, tag, result, actions)\n    elif", """    if result < 0:
-        complete(queue, tag, result, actions)
-    elif"""),)),
+           (Change(QUEUE, f"    base_changed(queue)\n{IF_FAILED}elif", f"{IF_FAILED}elif"),)),
     Mutant("a discard does not say that it has changed the base",
            "what it gave back comes again after a flush and a power loss",
-           (Change(QUEUE, "    base_changed(queue)\n    if result < 0:\n"
-                   "        complete(queue, tag, result, actions)\n    else", """    if result < 0:
-        complete(queue, tag, result, actions)
-    else"""),)),
+           (Change(QUEUE, f"    base_changed(queue)\n{IF_FAILED}else", f"{IF_FAILED}else"),)),
     Mutant("flush joins an fdatasync that has begun",
            "it began before the writes that the flush is for were complete",
            (Change(QUEUE, """    queue.requests[tag].next = queue.sync_next

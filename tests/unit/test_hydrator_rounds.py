@@ -39,15 +39,15 @@ def test_the_base_is_synced_by_an_fdatasync_that_began_after_its_last_change(
     b.make_present(S)
     b.e.base = t.BASE_CHANGED
     b.commit(0)
-    for now, end in (("data", b.synced_now), ("pages", lambda: b.done(b.page_token())),
-                     ("pages' sync", b.synced_now)):
-        if now != "pages":
+    for at, end in (("data", b.synced_now), ("pages", lambda: b.done(b.page_token())),
+                    ("pages' sync", b.synced_now)):
+        if at != "pages":
             assert b.e.base == t.BASE_SYNCING
         elif changes and phase == "data":
             assert b.e.base == t.BASE_CHANGED
         else:
             assert b.e.base == t.BASE_SYNCED
-        if changes and now == phase:
+        if changes and at == phase:
             b.e.base = t.BASE_CHANGED
         end()
     late = changes and phase == "pages' sync"
