@@ -8,4 +8,5 @@
     ring.h        a ring that completes I/O on memory, at random, with no synchronisation of its own
     guest.h       guests that know what every sector must hold
     order.c     main: mailboxes and doorbells in every order that the memory model allows
+    pace.c      main: when a commit round begins that is due, by the clock
 """

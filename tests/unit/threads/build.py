@@ -22,11 +22,13 @@ PROGRAMS = {
     "world": {"world.c": "_threads", "queue.c": "_queue", "hydrator.c": "_hydrator",
               "format.c": "_format"},
     "order": {"order.c": "_threads"},
+    "pace": {"pace.c": "_threads"},
 }
 # Sections that nobody needs are dropped, and with them all that calls Python.
 FLAGS = {
     "world": ["-O1", "-fsanitize=thread", "-Wno-tsan"],
     "order": ["-O2"],
+    "pace": ["-O1"],
 }
 COMMON = ["-g1", "-std=gnu11", "-w", "-fno-strict-aliasing", "-ffunction-sections",
           "-fdata-sections", "-fno-pie"]
