@@ -309,6 +309,7 @@ class Session(TableHost):
                 cache=self.options.cache,
                 zero_copy=self.device.zero_copy,
                 base_is_block=self.base.is_block,
+                base_is_direct=self.base.direct,
                 block_bytes=self.block_size,
             )
         except MemoryError:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from support.background import Background
 from support.guest import BLOCK, fails, flush, read, write
 from support.ondisk import DATA_OFFSET, read_metadata
-from support.served import FLUSH, serve
+from support.served import FLUSH, WRITE, serve
 from support.shell import until
+from support.variant import Variant
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -207,3 +209,36 @@ def test_a_failure_at_the_opening_is_not_forgotten(
     assert read(device, LOST) == image.content[LOST : LOST + BLOCK]
     flush(device)
     device.stop()
+
+
+def test_a_durable_write_to_a_buffered_base_answers_for_itself(
+    ubi: Ubi, image: Image, base: ServedDisk, tmp_path: Path,
+) -> None:
+    """The page cache tells each open file once of what it could not write: whoever asks first is
+    told, not who has written it."""
+    variant = Variant(tmp_path / "variant")
+    variant.replace("base.py", "alignment = enable_direct(base.fd)", "alignment = 0")
+    with variant.in_use():
+        device = ubi.add(image, base.path, stripe_size=STRIPE, cache="writethrough",
+                         copy_on_read=False)
+    assert device.status()["base_direct"] is False
+    for stripe in (KEPT, LATER):
+        write(device, stripe, b"k" * BLOCK)
+    device.wait_until_committed()
+
+    # Of two blocks the first cannot be written, the other is on its way.
+    Path("/sys/block", os.path.basename(base.path), "queue/max_sectors_kb").write_text("4")
+    base.fail(lambda asked: asked.kind == WRITE and asked.offset == DATA_OFFSET + KEPT)
+    base.hold(lambda asked: asked.kind == WRITE and asked.offset == DATA_OFFSET + KEPT + BLOCK)
+    lost = Background(lambda: write(device, KEPT, b"l" * 2 * BLOCK))
+    base.wait_for_held()
+    other = Background(lambda: write(device, LATER, b"o" * BLOCK))
+    other.wait(1.0)
+    base.heal()
+    assert lost.errno() == errno.EIO
+    assert other.errno() == errno.EIO
+    assert fails(write, device, LATER, b"p" * BLOCK)
+    assert base.path in device.status()["degraded"]
+    assert ubi.command("del", device.name).code == 3
+    device.live = False
+    device.start(force_stale=True).stop()
