@@ -334,6 +334,9 @@ class Daemon:
             os.eventfd_read(self._session.plane.notify_fd)
         if self._session.release_image():
             log("the base has all of its image: independent of it")
+        if self._session.upkeep.image_problem is not None:
+            with contextlib.suppress(UbiError):  # no room in /run; `leave` tries once more
+                self._session.record_state()
         if self._worker is None and not self._session.serves():
             log("the disk was taken away from outside; stopping")
             self._stop(force=True)

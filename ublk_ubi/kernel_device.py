@@ -212,6 +212,22 @@ class KernelDevice:
             else:
                 return
 
+    def geometry(self, name: str, size: int, block_size: int) -> tuple[int, int]:
+        """Give the size and the blocks of a disk that is taken over: what the kernel has of them.
+
+        Raises UbiError where image and base, with their `size` and `block_size`, cannot have that.
+        """
+        params = self.control.get_params(self.info.id)
+        kept = params.dev_sectors * SECTOR
+        if kept > size or params.logical_block_size < block_size:
+            raise UbiError(
+                f"{name}: {self.info.disk_path} has {kept} bytes in blocks of "
+                f"{params.logical_block_size}, image and base now have {size} in blocks of "
+                f"{block_size}: give them back what they had, or end the disk with `ublk-ubi "
+                f"del --force {name}`",
+            )
+        return kept, params.logical_block_size
+
     @staticmethod
     def _lost(state: State) -> UbiError:
         return UbiError(

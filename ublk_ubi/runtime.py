@@ -67,6 +67,7 @@ class State(msgspec.Struct, kw_only=True, omit_defaults=True):
     size: int | None = None  # bytes
     table: str | None = None
     base_identity: tuple[bool, int, int] | None = None  # is a block device, device, inode or seq
+    image_problem: str | None = None  # the image is lost, to every daemon that takes the disk over
 
 
 class Device(msgspec.Struct, kw_only=True, frozen=True):

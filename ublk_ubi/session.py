@@ -139,7 +139,9 @@ class Session(TableHost):
         self._undo.callback(self.claim.abandon if taken_over else self.claim.release)
         self._open_files()
         if taken_over:
-            self._keep_geometry()
+            self.size, self.block_size = self.device.geometry(
+                self.claim.name, self.size, self.block_size,
+            )
         self._open_base()
         control.spare()
         self.sandbox.enter()
@@ -187,20 +189,6 @@ class Session(TableHost):
             return False
         self.device.recovered = False
         return user_of(self.info.disk_path) is not None
-
-    def _keep_geometry(self) -> None:
-        """Leave a disk that is taken over as large, and its blocks, as the kernel has them."""
-        params = self.device.control.get_params(self.info.id)
-        size = params.dev_sectors * SECTOR
-        if size > self.size or params.logical_block_size < self.block_size:
-            raise UbiError(
-                f"{self.claim.name}: {self.info.disk_path} has {size} bytes in blocks of "
-                f"{params.logical_block_size}, image and base now have {self.size} in blocks of "
-                f"{self.block_size}: give them back what they had, or end the disk with `ublk-ubi "
-                f"del --force {self.claim.name}`",
-            )
-        self.size = size
-        self.block_size = params.logical_block_size
 
     def _open_files(self) -> None:
         """Image and base, opened and locked; nothing of them is changed."""
@@ -342,6 +330,9 @@ class Session(TableHost):
                 errors_of(self.plane.io(), self.plane.counters()), self.degraded(),
             ),
         )
+        previous = self.claim.previous
+        if self.device.recovered and previous and previous.image_problem is not None:
+            self.upkeep.lose_image(previous.image_problem)
 
     def _go_live(self) -> None:
         self._was_seen = True
@@ -371,6 +362,7 @@ class Session(TableHost):
             cookie=self.device.cookie,
             recoverable=self.device.recoverable,
             unit=own_unit(),
+            image_problem=self.upkeep.image_problem if live else None,
         )
 
     @property

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support.background import Background
 from support.device import RUN_ROOT, Outcome
-from support.guest import BLOCK, flush, read, write
+from support.guest import BLOCK, fails, flush, read, write
 from support.load import Record, Writers
 from support.mapper import delayed_writes
 from support.mortal import Action
@@ -349,6 +349,39 @@ def test_an_upgrade_to_what_cannot_read_the_table_touches_nothing(
     assert (outcome.code, "table of version 1" in outcome.stderr) == (1, True)
     busy.go_on(50)
     busy.end()
+
+
+def test_an_image_that_has_changed_is_not_served_by_the_next_daemon(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],
+) -> None:
+    """The fingerprint cannot notice it: what was copied before and what is there now do not go
+    together."""
+    image = make_image(SIZE)
+    device = ubi.add(image, make_base(SIZE), stripe_size=STRIPE, recovery=True,
+                     copy_on_read=False)
+    changed = 37 * STRIPE + 3 * BLOCK      # lies in none of the blocks that it looks at
+    write(device, changed - 3 * BLOCK, b"h" * BLOCK)
+    with open(image.path, "r+b") as file:
+        file.seek(changed + STRIPE)
+        file.write(b"x")
+    state = RUN_ROOT / device.name / "state.json"
+    until(lambda: "has changed" in state.read_text(), "it is noticed, and noted")
+    for killed in (False, True):
+        if killed:
+            device.kill()
+            device.recover()
+        else:
+            device.upgrade()
+        status = ubi.command("status", device.name, "--json")
+        assert status.code == 3
+        assert image.path in status.json()["degraded"]
+        assert fails(read, device, changed + STRIPE)
+        assert read(device, changed) == image.content[changed : changed + BLOCK]
+        device.call("hydrate", {"run": True})
+        assert device.status()["hydration"]["state"] == "no-image"
+    device.reopen()                        # on its user's own account
+    assert device.status()["degraded"] is None
+    assert read(device, changed + STRIPE)[:1] == b"x"
 
 
 # -- growing ------------------------------------------------------------------------------------

@@ -54,7 +54,8 @@ class Session:
     """One whose stop goes on until a thread's notice has come."""
 
     def __init__(self, place: Path, turns: Turns) -> None:
-        self.claim = self.plane = self.device = self
+        self.claim = self.plane = self.device = self.upkeep = self
+        self.image_problem: str | None = None
         self.name = "vm1"
         self.recoverable = False
         self.notify_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)

@@ -30,6 +30,7 @@ class Seen:
 class Plane:
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
+        self.notify_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def lose_image(self) -> None:
         self.seen.lost.append("plane")
@@ -133,11 +134,22 @@ def test_a_changed_image_is_lost_for_good(
     assert seen.lost == ["plane", "hydration"]
     assert watching.image_problem == f"has changed since it was opened: {words}"
     assert seen.log == [f"image /golden.raw has changed since it was opened: {words}"]
+    assert os.eventfd_read(watching._plane.notify_fd) == 1, "the daemon notes it for the next"
     image.change = None
     watching.look_at_image()
     assert watching.image_problem is not None
     assert len(seen.lost) == 2
     assert len(seen.log) == 1
+
+
+def test_what_another_daemon_has_lost_is_lost(seen: Seen, base: Base) -> None:
+    watching = make(seen, Image(), base)
+    watching.lose_image("was another")
+    assert seen.lost == ["plane", "hydration"]
+    assert watching.image_problem == "was another"
+    without = make(seen, None, base)
+    without.lose_image("was another")
+    assert (without.image_problem, len(seen.lost)) == (None, 2)
 
 
 def test_an_image_that_nobody_needs_may_change(seen: Seen, base: Base) -> None:
