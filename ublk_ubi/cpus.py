@@ -25,19 +25,31 @@ def parse_cpus(option: str, text: str) -> list[int]:
     return list(found)
 
 
-def usable_cpus(option: str, text: str | None) -> list[int]:
-    """Return the CPUs of a list, or none for None. Raises UbiError for one not to be had here."""
+def usable_cpus(
+    option: str, text: str | None, *, missing_is_told: list[str] | None = None,
+) -> list[int]:
+    """Return the CPUs of a list, or none for None: anywhere.
+
+    Raises UbiError for one not to be had here, or goes on with the others and adds a warning to
+    `missing_is_told`.
+    """
     if text is None:
         return []
     cpus = parse_cpus(option, text)
     allowed = os.sched_getaffinity(0)
-    if missing := [cpu for cpu in cpus if cpu not in allowed]:
+    missing = [cpu for cpu in cpus if cpu not in allowed]
+    if missing and missing_is_told is None:
         raise UbiError(
             f"{option} {text}: CPU {missing[0]} cannot be used here: name some of "
             f"{format_cpus(sorted(allowed))}",
             Exit.USAGE,
         )
-    return cpus
+    if missing and missing_is_told is not None:
+        missing_is_told.append(
+            f"{option} {text}: CPU {missing[0]} cannot be used here: the disk goes on with "
+            f"{format_cpus(sorted(set(cpus) & allowed)) or format_cpus(sorted(allowed))}",
+        )
+    return [cpu for cpu in cpus if cpu in allowed]
 
 
 def format_cpus(cpus: list[int]) -> str:

@@ -125,8 +125,11 @@ class Session(TableHost):
 
     def _start(self, *, recover: bool) -> None:
         options = self.options
-        self._cpus = usable_cpus("--cpus", options.cpus)
-        self._hydrator_cpus = usable_cpus("--hydrator-cpus", options.hydrator_cpus)
+        told = self.warnings if recover else None  # requests wait: they are served anywhere
+        self._cpus = usable_cpus("--cpus", options.cpus, missing_is_told=told)
+        self._hydrator_cpus = usable_cpus(
+            "--hydrator-cpus", options.hydrator_cpus, missing_is_told=told,
+        )
         control = self._undo.enter_context(self._control or Control.open(fork=True))
         self.device = KernelDevice(control, options)
         self.claim = runtime.claim(options.name, base=self.places["base"])

@@ -79,6 +79,29 @@ def test_threads_run_where_they_are_told_to(
     )
 
 
+@needs_two_cpus
+@pytest.mark.usefixtures("no_watch")
+def test_a_cpu_that_is_gone_keeps_no_disk_from_coming_back(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],
+) -> None:
+    """Offline, or not in its next daemon's cpuset: requests wait, which must run anywhere then."""
+    first, second = CPUS[:2]
+    device = ubi.add(
+        make_image(MIB), make_base(MIB), queues=2, cpus=f"{first},{second}",
+        hydrator_cpus=f"{second}", recovery=True,
+    )
+    device.kill()
+    os.sched_setaffinity(0, {first})       # what is started from here inherits that
+    try:
+        device.recover()
+    finally:
+        os.sched_setaffinity(0, CPUS)
+    found = {name: fields["Cpus_allowed_list"] for name, fields in threads(device).items()}
+    assert [found[f"ubi-{name}"] for name in ("queue-0", "queue-1", "hydrator")] == 3 * [str(first)]
+    assert f"--hydrator-cpus {second}: CPU {second} cannot be used here" in device.log()
+    write(device, 0, b"w" * BLOCK)
+
+
 @pytest.mark.data_paths("zero-copy", "copy")
 def test_an_idle_disk_sleeps(
     ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],

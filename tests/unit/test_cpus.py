@@ -55,3 +55,16 @@ def test_what_is_to_be_had_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert caught.value.message == (
         "--cpus 1-3: CPU 3 cannot be used here: name some of 0-2,6"
     )
+
+
+@pytest.mark.parametrize(("text", "cpus", "goes_on_with"), [
+    ("1,6", [1, 6], None), ("1-3", [1, 2], "1-2"), ("4,3", [], "0-2,6"),
+])
+def test_what_a_disk_that_waits_makes_do_with(
+    monkeypatch: pytest.MonkeyPatch, text: str, cpus: list[int], goes_on_with: str | None,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 6})
+    told: list[str] = []
+    assert usable_cpus("--cpus", text, missing_is_told=told) == cpus
+    assert [line.partition("the disk goes on with ")[2] for line in told] == (
+        [goes_on_with] if goes_on_with else [])
