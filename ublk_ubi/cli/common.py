@@ -46,6 +46,19 @@ class UbiGroup(click.Group):
         UbiCommand.write_examples(formatter, self.examples)
 
 
+class Seconds(click.FloatRange):
+    """A length of time; not "nan", which is within any range."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None,
+    ) -> float:
+        """Read it."""
+        seconds: float = super().convert(value, param, ctx)
+        if not seconds < float("inf"):
+            self.fail(f"{value} is no number of seconds.", param, ctx)
+        return seconds
+
+
 def size(text: str) -> int:
     """Read a size in bytes: 512, 64K, 5G (5 GiB); a type for click."""
     from ublk_ubi.sizes import parse_size

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ublk_ubi.cli.common import UbiCommand, complete_name, json_option, say
+from ublk_ubi.cli.common import Seconds, UbiCommand, complete_name, json_option, say
 from ublk_ubi.errors import Exit, UbiError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _AT_ONCE = 16
 )
 @click.option("--if-exists", is_flag=True, help="A disk that is not there is no error.")
 @click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(0.1, 86400), metavar="SECONDS",
+    "--timeout", "timeout_s", type=Seconds(0.1, 86400), metavar="SECONDS",
     help="How long a disk may take to stop. [default: 30, with --force 10]",
 )
 @json_option

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ublk_ubi.cli.common import (
+    Seconds,
     UbiCommand,
     complete_name,
     json_option,
@@ -29,7 +30,7 @@ EXAMPLES = """
     help="Let the disk show what the new part of a block device holds, instead of zeroing it.",
 )
 @click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(0.1, 86400), default=3600.0, metavar="SECONDS",
+    "--timeout", "timeout_s", type=Seconds(0.1, 86400), default=3600.0, metavar="SECONDS",
     help="How long zeroing may take. [default: 3600]",
 )
 @json_option

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ublk_ubi.cli.common import (
+    Seconds,
     UbiCommand,
     UbiGroup,
     complete_name,
@@ -80,7 +81,7 @@ def _socket_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _timeout_option = click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(0.1, 3600), default=30.0, metavar="SECONDS",
+    "--timeout", "timeout_s", type=Seconds(0.1, 3600), default=30.0, metavar="SECONDS",
     help="How long SPDK may take to answer. [default: 30]",
 )
 

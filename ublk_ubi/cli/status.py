@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import click
 
-from ublk_ubi.cli.common import UbiCommand, complete_name, json_option, print_json, say
+from ublk_ubi.cli.common import (
+    Seconds,
+    UbiCommand,
+    complete_name,
+    json_option,
+    print_json,
+    say,
+)
 from ublk_ubi.errors import Exit
 
 EXAMPLES = """
@@ -18,7 +25,7 @@ EXAMPLES = """
 @click.argument("target", metavar="[NAME]", required=False, shell_complete=complete_name)
 @click.option("-a", "--all", "everything", is_flag=True, help="All disks, as without a NAME.")
 @click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(0.1, 3600), default=5.0, metavar="SECONDS",
+    "--timeout", "timeout_s", type=Seconds(0.1, 3600), default=5.0, metavar="SECONDS",
     help="How long to wait for answers. [default: 5]",
 )
 @json_option

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ublk_ubi.cli.common import UbiCommand, complete_name, json_option, print_json
+from ublk_ubi.cli.common import Seconds, UbiCommand, complete_name, json_option, print_json
 from ublk_ubi.errors import Exit
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ EXAMPLES = """
 @click.command("wait", cls=UbiCommand, examples=EXAMPLES)
 @click.argument("target", metavar="NAME", shell_complete=complete_name)
 @click.option(
-    "--timeout", "timeout_s", type=click.FloatRange(0, 1e9), metavar="SECONDS",
+    "--timeout", "timeout_s", type=Seconds(0, 1e9), metavar="SECONDS",
     help="How long to wait. [default: as long as it takes]",
 )
 @json_option

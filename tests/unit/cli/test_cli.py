@@ -131,6 +131,8 @@ def test_version() -> None:
         ("hydrate x --rate 5", "--rate 5 is out of range"),
         ("wait", "missing argument 'NAME'"),
         ("wait x --timeout -1", "is not in the range"),
+        ("wait x --timeout nan", "nan is no number of seconds"),
+        ("status x --timeout nan", "nan is no number of seconds"),
         ("list x", "unexpected extra argument"),
         ("inspect", "missing argument 'BASE'"),
         ("doctor x", "unexpected extra argument"),
