@@ -68,6 +68,7 @@ class State(msgspec.Struct, kw_only=True, omit_defaults=True):
     table: str | None = None
     base_identity: tuple[bool, int, int] | None = None  # is a block device, device, inode or seq
     image_problem: str | None = None  # the image is lost, to every daemon that takes the disk over
+    independent: bool = False  # the base has all of the image, durably: nobody opens that again
 
 
 class Device(msgspec.Struct, kw_only=True, frozen=True):

@@ -227,9 +227,11 @@ class Session(TableHost):
 
     def _open_image(self) -> None:
         """Open the image. A base that has all of it needs none: its metadata will tell."""
-        options = self.options
+        options, previous = self.options, self.claim.previous
         if options.image is None or (self._before and "image" not in self.reach):
             return
+        if self.device.recovered and previous and previous.independent:
+            return  # there may be another one by now
         try:
             self.image = open_image(
                 options.image, image_format=options.image_format, cache=options.image_cache,
@@ -366,6 +368,7 @@ class Session(TableHost):
             recoverable=self.device.recoverable,
             unit=own_unit(),
             image_problem=self.upkeep.image_problem if live else None,
+            independent=live and self.independent,
         )
 
     @property
@@ -641,4 +644,6 @@ class Session(TableHost):
             self.plane.drop_image()
             return False
         self.image.close()
+        with contextlib.suppress(UbiError):  # no room in /run
+            self.record_state()
         return True

@@ -384,6 +384,26 @@ def test_an_image_that_has_changed_is_not_served_by_the_next_daemon(
     assert read(device, changed + STRIPE)[:1] == b"x"
 
 
+def test_a_disk_that_needs_no_image_comes_back_whatever_has_taken_its_place(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],
+) -> None:
+    """It was closed, and may be deleted: there may be a newer one under its name by then."""
+    image = make_image(SIZE)
+    device = ubi.add(image, make_base(SIZE), stripe_size=STRIPE, recovery=True, hydrate=True)
+    device.wait_until_independent()
+    write(device, 0, b"w" * BLOCK)
+    os.unlink(image.path)
+    Path(image.path).write_bytes(bytes(2 * SIZE))
+    device.kill()
+    device.recover()
+    assert device.status()["independent"]
+    device.upgrade()
+    assert device.status()["independent"]
+    assert read(device, 0, SIZE) == b"w" * BLOCK + image.content[BLOCK:]
+    device.stop()
+    assert image.path in ubi.refused(image, device.options["base"], code=1)
+
+
 # -- growing ------------------------------------------------------------------------------------
 
 def test_a_disk_grows_under_load(busy: Busy, seed: int) -> None:
