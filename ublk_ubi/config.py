@@ -209,6 +209,13 @@ def _check(options: DeviceOptions) -> None:
         _check_range("id", options.id, 0, MAX_ID)
     if options.size is not None and options.size <= 0:
         raise UbiError(f"--size {options.size}: a device has at least one block", Exit.USAGE)
+    block = options.block_size
+    if options.size is not None and block is not None and options.size % block:
+        raise UbiError(
+            f"--size {options.size} is no multiple of --block-size {block}: use "
+            f"{-(-options.size // block) * block}",
+            Exit.USAGE,
+        )
     size = options.stripe_size
     if size is not None and (
         not MIN_STRIPE_SIZE <= size <= MAX_STRIPE_SIZE or size.bit_count() != 1
