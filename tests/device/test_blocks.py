@@ -63,6 +63,14 @@ def use(device: Device, expected: bytearray) -> None:
         # Of what no stripe is on the base: without effect.
         ask(BLKDISCARD, 20 * STRIPE + BLOCK, 4 * STRIPE)
         put(5 * STRIPE, b"e" * STRIPE)
+        # … and of some that are, parts of them, up to the disk's last block: zeros, or as before.
+        for at, length in ((2 * STRIPE + BLOCK, 3 * STRIPE), (device.size - 2 * BLOCK, 2 * BLOCK)):
+            ask(BLKDISCARD, at, length)
+            found = disk.pread(at, length)
+            for block in range(0, length, BLOCK):
+                assert found[block : block + BLOCK] in (
+                    bytes(BLOCK), expected[at + block : at + block + BLOCK])
+            expected[at : at + length] = found
         disk.fsync()
 
 
