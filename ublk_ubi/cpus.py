@@ -25,27 +25,24 @@ def parse_cpus(option: str, text: str) -> list[int]:
     return list(found)
 
 
-def usable_cpus(
-    option: str, text: str | None, *, missing_is_told: list[str] | None = None,
-) -> list[int]:
+def usable_cpus(option: str, text: str | None, *, told: list[str] | None = None) -> list[int]:
     """Return the CPUs of a list, or none for None: anywhere.
 
-    Raises UbiError for one not to be had here, or goes on with the others and adds a warning to
-    `missing_is_told`.
+    Raises UbiError for one not to be had here, or goes on without it and adds a warning to `told`.
     """
     if text is None:
         return []
     cpus = parse_cpus(option, text)
     allowed = os.sched_getaffinity(0)
     missing = [cpu for cpu in cpus if cpu not in allowed]
-    if missing and missing_is_told is None:
+    if missing and told is None:
         raise UbiError(
             f"{option} {text}: CPU {missing[0]} cannot be used here: name some of "
             f"{format_cpus(sorted(allowed))}",
             Exit.USAGE,
         )
-    if missing and missing_is_told is not None:
-        missing_is_told.append(
+    if missing and told is not None:
+        told.append(
             f"{option} {text}: CPU {missing[0]} cannot be used here: the disk goes on with "
             f"{format_cpus(sorted(set(cpus) & allowed)) or format_cpus(sorted(allowed))}",
         )

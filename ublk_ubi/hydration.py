@@ -17,7 +17,10 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import msgspec
+
 from ublk_ubi.errors import Exit, UbiError
+from ublk_ubi.options import DeviceOptions
 from ublk_ubi.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -54,6 +57,15 @@ def parse_min_free(text: str) -> MinFree:
             f"--min-free {text!r} is no share of a filesystem: write it like 5% or 10G", Exit.USAGE,
         )
     return MinFree(0, share / 100)
+
+
+def as_told(options: DeviceOptions, recorded: bytes) -> DeviceOptions:
+    """Return `options` with what a daemon has been told of hydration, as it `recorded` that."""
+    try:
+        last = msgspec.json.decode(recorded, type=DeviceOptions)
+    except (msgspec.MsgspecError, UnicodeError):
+        return options
+    return msgspec.structs.replace(options, hydrate=last.hydrate, rate=last.rate)
 
 
 class Hydration:

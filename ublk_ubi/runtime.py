@@ -136,6 +136,12 @@ class Claim:
         """Keep what the device was made of in options.json."""
         self._record("options.json", msgspec.json.encode(options) + b"\n")
 
+    def read(self, name: str) -> bytes:
+        """Read a file of the folder's; nothing where it cannot be read."""
+        with contextlib.suppress(OSError):
+            return _read_file(self.dir_fd, name)
+        return b""
+
     def adopt_log(self, fd: int) -> None:
         """Give the file from `open_log`, open at `fd`, its place in the folder: NAME/log."""
         with contextlib.suppress(FileNotFoundError):

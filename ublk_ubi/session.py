@@ -40,7 +40,7 @@ from ublk_ubi.cpus import usable_cpus
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.faults import Faults, errors_of
 from ublk_ubi.files import shown, size_text
-from ublk_ubi.hydration import Hydration
+from ublk_ubi.hydration import Hydration, as_told
 from ublk_ubi.image import FINGERPRINT_SIZE, Image, fingerprint, open_image
 from ublk_ubi.kernel_device import SECTOR, START_TIMEOUT_S, KernelDevice
 from ublk_ubi.log import warn
@@ -126,10 +126,8 @@ class Session(TableHost):
     def _start(self, *, recover: bool) -> None:
         options = self.options
         told = self.warnings if recover else None  # requests wait: they are served anywhere
-        self._cpus = usable_cpus("--cpus", options.cpus, missing_is_told=told)
-        self._hydrator_cpus = usable_cpus(
-            "--hydrator-cpus", options.hydrator_cpus, missing_is_told=told,
-        )
+        self._cpus = usable_cpus("--cpus", options.cpus, told=told)
+        self._hydrator_cpus = usable_cpus("--hydrator-cpus", options.hydrator_cpus, told=told)
         control = self._undo.enter_context(self._control or Control.open(fork=True))
         self.device = KernelDevice(control, options)
         self.claim = runtime.claim(options.name, base=self.places["base"])
@@ -139,6 +137,8 @@ class Session(TableHost):
             self.claim.abandon()  # what could not be cleared stays listed, as a dead device
             raise
         taken_over = self.device.recovered
+        if recover:  # while this daemon loaded, the one before may have been told otherwise
+            options = self.options = as_told(options, self.claim.read("options.json"))
         self._undo.callback(self.claim.abandon if taken_over else self.claim.release)
         self._open_files()
         if taken_over:

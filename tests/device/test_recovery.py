@@ -320,6 +320,21 @@ def test_an_upgrade_keeps_hydration(busy: Busy, seed: int) -> None:
     busy.end()
 
 
+def test_what_hydration_is_told_while_the_next_daemon_loads_counts(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str], tmp_path: Path,
+) -> None:
+    device = ubi.add(make_image(SIZE), make_base(SIZE), stripe_size=STRIPE, recovery=True,
+                     hydrate=True, rate=STRIPE)
+    variant = Variant(tmp_path)
+    begin = "        left_at = time.monotonic()\n        try:\n"
+    told = '        rpc.call(device.socket, "hydrate", {"run": False, "rate": 1048576})\n'
+    variant.replace("recovery.py", begin, told + begin)
+    with variant.in_use():
+        device.upgrade()
+    hydration = device.status()["hydration"]
+    assert (hydration["rate"], hydration["state"]) == (MIB, "off")
+
+
 def test_an_upgrade_that_fails_goes_back_to_the_old_daemon(
     busy: Busy, seed: int, tmp_path: Path,
 ) -> None:

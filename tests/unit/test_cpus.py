@@ -65,6 +65,6 @@ def test_what_a_disk_that_waits_makes_do_with(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 6})
     told: list[str] = []
-    assert usable_cpus("--cpus", text, missing_is_told=told) == cpus
+    assert usable_cpus("--cpus", text, told=told) == cpus
     assert [line.partition("the disk goes on with ")[2] for line in told] == (
         [goes_on_with] if goes_on_with else [])

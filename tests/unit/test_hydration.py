@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.hydration import Hydration, MinFree, parse_min_free
+from ublk_ubi.hydration import Hydration, MinFree, as_told, parse_min_free
+from ublk_ubi.options import DeviceOptions
 
 
 class Plane:
@@ -154,3 +156,11 @@ def test_as_status_has_it(plane: Plane) -> None:
     assert hydration.describe({"stripes": 3, "retry_in_s": 2}) == {
         "stripes": 3, "retry_in_s": 2, "state": "waiting", "rate": 5, "min_free": "1G",
     }
+
+
+def test_what_the_last_daemon_was_told() -> None:
+    options = DeviceOptions(base="/b", hydrate=True, rate=1 << 20, queues=2)
+    last = msgspec.json.encode(DeviceOptions(base="/other", rate=1 << 30))
+    assert as_told(options, last) == DeviceOptions(base="/b", rate=1 << 30, queues=2)
+    for nothing in (b"", b"{", b"[]", b'{"base": 5}', b'{"of another version": 1}', b"\xff"):
+        assert as_told(options, nothing) == options
