@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Self
 import msgspec
 
 from . import blockdev
-from .bounds import refuse_too_small
+from .bounds import other_image_size, refuse_too_small
 from .errors import Exit, UbiError
 from .fence import GRACE_S, Fence, is_locked
 from .files import (
@@ -187,6 +187,7 @@ def open_base(
     notice: Callable[[str], None] = _silent,
     topology: Topology | None = None,
     reach: str | None = None,
+    anew: bool = False,
 ) -> Base:
     """Open a base for writing, or make it, and wait until all earlier writes to it have landed.
 
@@ -196,7 +197,7 @@ def open_base(
     `holder` names the live device that has the base of an identity: refused at once (BUSY).
     Otherwise a held base is waited for, `fence_timeout_s` seconds, then refused (TIMED_OUT);
     `notice` is told once when there is a wait to speak of. `reach` is where it is opened, where
-    `path`, by which it is spoken of, is out of reach.
+    `path`, by which it is spoken of, is out of reach. `anew`: what is there does not count.
 
     Raises UbiError; then nothing is open, no lock is held and nothing on the disk is changed.
     """
@@ -228,7 +229,7 @@ def open_base(
             raise open_failure("base", path, error) from None
         else:
             base = _open_existing(path, reach or path, st, image, fence, undo)
-            _check_size(base, image, size)
+            _check_size(base, image, size, anew=anew)
         _make_direct(base)
         _check_block_size(base, image, size)
         undo.pop_all()
@@ -541,14 +542,16 @@ def _check_block_size(base: Base, image: Image | None, size: int | None) -> None
         )
 
 
-def _check_size(base: Base, image: Image | None, size: int | None) -> None:
+def _check_size(base: Base, image: Image | None, size: int | None, *, anew: bool) -> None:
     """Refuse a base that is too small, or not of the size that was asked for."""
     if image is not None:
-        refuse_too_small(
-            f"base {shown(base.path)}", base.size, f"image {shown(image.path)}", image.size,
-            way_out="name a larger device" if base.is_block
-            else f"name a larger base, or remove {shown(base.path)} to have it made",
-        )
+        try:
+            refuse_too_small(
+                f"base {shown(base.path)}", base.size, f"image {shown(image.path)}", image.size,
+                way_out="name a larger device" if base.is_block else "name a larger base",
+            )
+        except UbiError as error:
+            raise error if anew else _what_is_wrong(base, image, error) from None
     elif base.size <= METADATA_SIZE:
         raise UbiError(
             f"base {shown(base.path)} of {size_text(base.size)} is no disk of ours: give --image "
@@ -559,3 +562,25 @@ def _check_size(base: Base, image: Image | None, size: int | None) -> None:
             f"base {shown(base.path)} makes a disk of {size_text(base.data_size)}, --size asks "
             f"for {size_text(size)}: leave --size out, or name another base",
         )
+
+
+def _what_is_wrong(base: Base, image: Image, too_small: UbiError) -> UbiError:
+    """Tell a disk that is given another image from a file that is too small for a new one.
+
+    Only a file that holds nothing may be removed.
+    """
+    try:
+        from .metadata import parse
+
+        found = parse(os.pread(base.fd, METADATA_SIZE, 0))
+    except (ImportError, OSError):  # a daemon that is shut in loads nothing
+        return too_small
+    extension = found.extension
+    if extension is not None and extension.image_size != image.size:
+        return other_image_size(
+            f"base {shown(base.path)}", extension.image_size, f"image {shown(image.path)}",
+            image.size,
+        )
+    if found.blank and not base.is_block:
+        return UbiError(f"{too_small.message}, or remove {shown(base.path)} to have it made")
+    return too_small

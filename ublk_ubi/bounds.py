@@ -62,6 +62,14 @@ def refuse_too_small(
         raise UbiError(_shortage(base, base_size, image, image_size, _needed(image_size)) + way_out)
 
 
+def other_image_size(base: str, recorded: int, image: str, image_size: int) -> UbiError:
+    """Say that an image cannot be the one that a base was made from; sizes in bytes."""
+    return UbiError(
+        f"{base} belongs to an image of {size_text(recorded)}, and {image} has "
+        f"{size_text(image_size)}: give the image it was made from, or start anew with --format",
+    )
+
+
 def required_block_size(image: Image | None, base: Base) -> int:
     """Return the device's smallest logical block size in bytes, 512 or 4096.
 

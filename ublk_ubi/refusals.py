@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ublk_ubi.bounds import check_bounds
+from ublk_ubi.bounds import check_bounds, other_image_size
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.files import shown, size_text, uuid_text
 
@@ -110,10 +110,8 @@ _LINES: dict[str, Callable[[Context], UbiError]] = {
     "stripe_range": _stripe_range,
     "too_many_stripes": _bounds,
     "too_small": _bounds,
-    "image_size": lambda c: UbiError(
-        f"{c.what} belongs to an image of {size_text(c.opener.recorded_image_bytes)}, and "
-        f"{c.image_path} has {size_text(c.image_size)}: give the image it was made from, "
-        "or start anew with --format",
+    "image_size": lambda c: other_image_size(
+        c.what, c.opener.recorded_image_bytes, c.image_path, c.image_size,
     ),
     "fingerprint": lambda c: UbiError(
         f"{c.what} was made from another image than {c.image_path} (same size, other "

@@ -207,6 +207,7 @@ class Session(TableHost):
             holder=self._other_holder,
             notice=self._notice,
             reach=self.reach.get("base"),
+            anew=options.format,
         )
         self._undo.callback(self.base.discard_if_created)
         needed = required_block_size(self.image, self.base)
