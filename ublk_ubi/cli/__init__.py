@@ -12,6 +12,7 @@ import ublk_ubi.late  # noqa: F401 - before what it puts off
 
 import contextlib
 import importlib
+import io
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -104,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
     The interpreter is not taken apart: that is a tenth of a command's time, and frees memory alone.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # there are locales without an arrow
     code = run(list(sys.argv[1:] if arguments is None else arguments))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, OSError, ValueError):  # it may be closed

@@ -49,6 +49,15 @@ def test_status_of_background_hydration(add, kind: str, words: str) -> None:
     assert ("  background  " in found.out) == (kind != "done")
 
 
+def test_a_locale_that_has_few_letters(add) -> None:
+    add()
+    few = {"env": {**os.environ, "PYTHONIOENCODING": "latin-1"}, "encoding": "latin-1"}
+    found = run("status", "vm", **few)
+    assert (found.code, found.err) == (0, "")
+    assert "\\u2192 " in found.out
+    assert json.loads(run("status", "vm", "--json", **few).out)["name"] == "vm"
+
+
 # hydrate and wait ----------------------------------------------------------------------------
 
 
