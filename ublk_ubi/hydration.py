@@ -1,7 +1,8 @@
 """Background hydration as the daemon steers it: whether, how fast, and when there is no room.
 
 The hydrator thread does the copying and paces itself (`_threads.pyx`); here stands what an operator
-asked for, and the free space that is left alone.
+asked for, and the free space that is left alone. Nobody counts the room between two looks at it, a
+second apart: so the pace is half of the room a second at the most, and nears `min_free` slowly.
 
     off         never asked for
     paused      an operator paused it
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import msgspec
 
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.options import DeviceOptions
+from ublk_ubi.options import MAX_RATE, MIN_RATE, DeviceOptions
 from ublk_ubi.sizes import parse_size
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class Hydration:
         self._asked = False
         self._wanted = False
         self._low_space = False
+        self._room_rate: int | None = None
+        self._pace: int | None = rate
         self._no_image = False
         self._lock = threading.Lock()
         plane.set_rate(rate)
@@ -99,7 +102,7 @@ class Hydration:
         """Limit it to bytes a second; None: as fast as can be."""
         with self._lock:
             self.rate = rate
-            self._plane.set_rate(rate)
+            self._keep_pace()
 
     @property
     def wanted(self) -> bool:
@@ -109,7 +112,11 @@ class Hydration:
     def see_space(self, free: int, total: int) -> None:
         """Learn how much of the base's filesystem is free, in bytes."""
         with self._lock:
-            low = free < self._least.of(total)
+            least = self._least.of(total)
+            pace = max((free - least) // 2, MIN_RATE)
+            self._room_rate = pace if least and pace < MAX_RATE else None
+            self._keep_pace()
+            low = free < least
             if low != self._low_space:
                 self._low_space = low
                 self._apply()
@@ -119,6 +126,14 @@ class Hydration:
         with self._lock:
             self._no_image = True
             self._apply()
+
+    def _keep_pace(self) -> None:
+        """Go at the operator's rate, or at what the room allows."""
+        limits = [limit for limit in (self.rate, self._room_rate) if limit is not None]
+        pace = min(limits, default=None)
+        if pace != self._pace:
+            self._pace = pace
+            self._plane.set_rate(pace)
 
     def _apply(self) -> None:
         self._plane.hydrate(self._wanted and not self._low_space and not self._no_image)

@@ -113,6 +113,29 @@ def test_it_waits_for_room_and_goes_on(plane: Plane, hydration: Hydration) -> No
     assert (plane.on, hydration.state(0)) == (True, "running")
 
 
+def test_it_nears_what_is_left_alone_slowly(plane: Plane) -> None:
+    """At full speed a second's copying, between two looks, was more than was to be left alone."""
+    hydration = make(plane, min_free="1G")
+    hydration.start()
+    for free, pace in (
+        (100 << 30, None), (5 << 30, 2 << 30), (2 << 30, 512 << 20), (1 << 30, 64 << 10),
+        (9 << 30, 4 << 30), (100 << 30, None),
+    ):
+        hydration.see_space(free, 1 << 40)
+        assert plane.rate == pace
+    hydration.set_rate(1 << 20)
+    hydration.see_space(2 << 30, 1 << 40)
+    assert (plane.rate, hydration.rate) == (1 << 20, 1 << 20)
+    hydration.set_rate(None)
+    assert (plane.rate, hydration.rate) == (512 << 20, None)
+
+
+def test_where_nothing_is_left_alone_it_goes_on_to_the_end(plane: Plane) -> None:
+    hydration = make(plane, min_free="0")
+    hydration.see_space(1 << 20, 1 << 40)
+    assert plane.rate is None
+
+
 def test_room_alone_starts_nothing(plane: Plane, hydration: Hydration) -> None:
     hydration.see_space(0, 1000)
     hydration.see_space(1000, 1000)
