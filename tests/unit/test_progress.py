@@ -64,14 +64,25 @@ def test_facts_say_what_it_waits_for() -> None:
     fast = speed((0.0, 0), (2.0, 142 * MIB))
     waiting = facts(status(state="waiting", failed=2, last_error=28, retry_in_s=4), fast)
     assert waiting[2:] == [
-        "waits, tries again in 4 s: 2 failures, the last: No space left on device",
+        "retries in 4 s: No space left on device",
     ]
     low = facts(status(state="low-space"), fast)
-    assert low[2:] == ["waits for room: 1 TiB free on the base's filesystem, 5% stays free"]
+    assert low[2:] == ["no room: 1 TiB free, --min-free is 5%"]
     # All is copied, whatever failed on the way.
     assert facts(status(1000, state="waiting", failed=2, last_error=28), fast)[2:] == ["commits"]
     # Between two passes without a failure there is nothing to tell.
     assert facts(status(state="waiting", retry_in_s=1), fast)[2:] == ["71 MiB/s", "8 s left"]
+
+
+@pytest.mark.parametrize("waits", [
+    {"state": "low-space", "min_free": "12.5%"},
+    {"state": "waiting", "failed": 12, "last_error": 28, "retry_in_s": 64},
+])
+def test_what_it_waits_for_is_not_cut_off(waits: dict[str, object]) -> None:
+    """It was, in 80 columns: "waits for room: 0 B free on the base's filesyste"."""
+    found = status(**waits)
+    line = bar_line(found, speed(), 80)
+    assert line.endswith(facts(found, speed())[-1])
 
 
 @pytest.mark.parametrize("columns", [1, 10, 20, 40, 60, 80, 100, 300])

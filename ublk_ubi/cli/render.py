@@ -47,16 +47,15 @@ def background(status: Status, *, to_go: bool = True) -> str:
     if not space.needed:
         words = "all is copied, and not committed yet"
     elif hydration.state == "low-space":
-        free = f"{human_size(space.free)} free" if space.free is not None else "too little"
-        words = f"waits for room: {free} on the base's filesystem, {hydration.min_free} stays free"
+        free = f"{human_size(space.free)} free, " if space.free is not None else ""
+        words = f"no room: {free}--min-free is {hydration.min_free}"
     elif hydration.state == "no-image":
         words = "has ended: the image is not what it was"
     elif hydration.state == "waiting" and hydration.last_error:
         reason = os.strerror(hydration.last_error)
-        words = (
-            f"waits, tries again in {span(hydration.retry_in_s)}: "
-            f"{_count(hydration.failed, 'failure')}, the last: {reason}"
-        )
+        words = f"retries in {span(hydration.retry_in_s)}: {reason}"
+        if to_go:
+            words += f" ({_count(hydration.failed, 'failure')})"
     elif hydration.state in ("off", "paused"):
         words = hydration.state
     else:
@@ -201,7 +200,8 @@ def _render_costs(status: Status) -> None:
             parts.append(f"{human_size(space.needed)} may still be needed")
         if is_short(space):
             assert space.free is not None
-            parts.append(click.style(f"only {human_size(space.free)} free", fg="red"))
+            left = f"only {human_size(space.free)} free" if space.free else "nothing free"
+            parts.append(click.style(left, fg="red"))
         _line("space", ", ".join(parts))
     if status.memory is not None:
         _line("memory", human_size(status.memory))

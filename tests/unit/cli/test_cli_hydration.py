@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     ("kind", "words"),
     [
         ("normal", "  background  running, at full speed, 1.2 GiB to go\n"),
-        ("fails", "  background  waits, tries again in 12 s: 3 failures, the last: Input/output "),
-        ("full", "  background  waits for room: 1 MiB free on the base's filesystem, 5% stays"),
+        ("fails", "  background  retries in 12 s: Input/output error (3 failures), 1.2 GiB to go"),
+        ("full", "  background  no room: 1 MiB free, --min-free is 5%, 1.2 GiB to go\n"),
         ("done", "  hydrated    100 %, 2,252 of 2,252 stripes: independent of its image\n"),
     ],
 )
@@ -174,7 +174,7 @@ def test_wait_says_what_it_waits_for(add, kind: str) -> None:
     run("hydrate", "vm")
     found = run("wait", "vm", "--timeout", "0.3")
     assert found.code == Exit.TIMED_OUT
-    assert ("waits for room" if kind == "full" else "3 failures") in found.out
+    assert ("no room: 1 MiB free" if kind == "full" else "retries in 12 s") in found.out
 
 
 def test_wait_for_what_nobody_does(add) -> None:
