@@ -88,6 +88,24 @@ def required_block_size(image: Image | None, base: Base) -> int:
     return _MAX_BLOCK_SIZE if largest > SECTOR_SIZE else SECTOR_SIZE
 
 
+def block_size(asked: int | None, image: Image | None, base: Base) -> int:
+    """Return the device's logical block size in bytes: the one `asked` for, or the smallest.
+
+    Raises UbiError when what was asked for is smaller than that.
+    """
+    needed = required_block_size(image, base)
+    if asked is None or asked >= needed:
+        return asked or needed
+    if base.alignment > asked or image is None:
+        what, way_out = f"base {shown(base.path)}", ""
+    else:
+        what, way_out = f"image {shown(image.path)}", ", or use --image-cache page"
+    raise UbiError(
+        f"--block-size {asked} is smaller than the {needed} bytes that {what} takes in direct I/O: "
+        f"drop --block-size{way_out}",
+    )
+
+
 def _needed(image_size: int) -> int:
     """Return the bytes that a base needs with the smallest stripes."""
     return METADATA_SIZE + -(-image_size // MIN_STRIPE_SIZE) * MIN_STRIPE_SIZE

@@ -34,7 +34,7 @@ from ublk_ubi import links, new_base, runtime, udev
 from ublk_ubi._device import DataPlane
 from ublk_ubi._opener import Opener, Refused
 from ublk_ubi.base import Base, open_base
-from ublk_ubi.bounds import required_block_size
+from ublk_ubi.bounds import block_size
 from ublk_ubi.control import Control, ControlError, ControlTimeout
 from ublk_ubi.cpus import usable_cpus
 from ublk_ubi.errors import Exit, UbiError
@@ -210,13 +210,7 @@ class Session(TableHost):
             anew=options.format,
         )
         self._undo.callback(self.base.discard_if_created)
-        needed = required_block_size(self.image, self.base)
-        if options.block_size is not None and options.block_size < needed:
-            raise UbiError(
-                f"--block-size {options.block_size} is smaller than the {needed} bytes that image "
-                "or base need: drop --block-size",
-            )
-        self.block_size = options.block_size or needed
+        self.block_size = block_size(options.block_size, self.image, self.base)
         self.size = (self.base.size - METADATA_SIZE) // self.block_size * self.block_size
         self.warnings += self.image.warnings if self.image else []
         self.warnings += self.base.warnings

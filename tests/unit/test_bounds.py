@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ublk_ubi.bounds import check_bounds, refuse_too_small, required_block_size
+from ublk_ubi.bounds import block_size, check_bounds, refuse_too_small, required_block_size
 from ublk_ubi.errors import Exit, UbiError
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
@@ -93,3 +93,15 @@ def test_blocks_too_large_for_a_disk():
         required_block_size(large, small)
     with pytest.raises(UbiError, match=r"^base /8192 .* 8192 bytes .*another filesystem"):
         required_block_size(small, large)
+
+
+def test_the_block_size_that_is_asked_for():
+    """What was too small for image or base was not said to be so for either."""
+    small, large = (SimpleNamespace(path=f"/{n}", alignment=n) for n in (512, 4096))
+    assert block_size(None, small, small) == block_size(512, None, small) == 512
+    assert block_size(None, large, small) == block_size(4096, small, small) == 4096
+    with pytest.raises(UbiError, match=r"^--block-size 512 .* 4096 bytes that image /4096 .*page$"):
+        block_size(512, large, small)
+    for image in (None, small, large):
+        with pytest.raises(UbiError, match=r"that base /4096 .* drop --block-size$"):
+            block_size(512, image, large)
