@@ -622,7 +622,10 @@ class Session(TableHost):
                 "succeeds until the device is added anew"
             )
         if self.upkeep.image_problem is not None:
-            return f"image {shown(self.image_path or '')} {self.upkeep.image_problem}"
+            return (
+                f"image {shown(self.image_path or '')} {self.upkeep.image_problem}; what needs it "
+                "fails until the device is added anew, with the image as it was"
+            )
         return None
 
     @property

@@ -275,6 +275,7 @@ def test_an_image_that_changes_ends_it(
     degraded = device.status()["degraded"]
     assert image.path in degraded
     assert ("size" if change == "shorter" else "change time") in degraded
+    assert degraded.endswith("until the device is added anew, with the image as it was")
     device.hydrate(run=True, rate="max")
     assert hydration(device)["state"] == "no-image"
     uptime = device.status()["uptime_s"]
