@@ -127,15 +127,15 @@ def parse_rate(text: str) -> int | None:
     if text == "max":
         return None
     rate = parse_size(text)
-    check_rate(rate)
+    _check_rate(rate, text)
     return rate
 
 
-def check_rate(rate: int) -> None:
+def _check_rate(rate: int, said: str) -> None:
     """Refuse a rate that background hydration cannot keep to. Raises UbiError (usage)."""
     if not MIN_RATE <= rate <= MAX_RATE:
         raise UbiError(
-            f"--rate {rate} is out of range: {format_size(MIN_RATE)} to {format_size(MAX_RATE)} "
+            f"{said} is out of range: {format_size(MIN_RATE)} to {format_size(MAX_RATE)} "
             "(bytes a second), or max",
             Exit.USAGE,
         )
@@ -200,7 +200,7 @@ def _check(options: DeviceOptions) -> None:
     if options.depth is not None:
         _check_range("depth", options.depth, 1, MAX_DEPTH)
     if options.rate is not None:
-        check_rate(options.rate)
+        _check_rate(options.rate, f"--rate {options.rate}")
     parse_min_free(options.min_free)
     for option, cpus in (("--cpus", options.cpus), ("--hydrator-cpus", options.hydrator_cpus)):
         if cpus is not None:

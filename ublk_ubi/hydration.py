@@ -48,7 +48,7 @@ def parse_min_free(text: str) -> MinFree:
         try:
             return MinFree(parse_size(text), 0.0)
         except UbiError as error:
-            raise UbiError(f"--min-free: {error.message}", Exit.USAGE) from None
+            raise UbiError(f"--min-free: {error.message}, or a share: 5%", Exit.USAGE) from None
     try:
         share = float(number) if not rest else -1.0
     except ValueError:

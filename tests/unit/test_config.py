@@ -84,7 +84,7 @@ def test_bytes_are_sizes_too(tmp_path: Path) -> None:
         ({"mode": "rw"}, "not three octal digits"),
         ({"mode": "1777"}, "not three octal digits"),
         ({"rate": "200MB"}, "rate: '200MB' can be read two ways: write 200M"),
-        ({"rate": "1K"}, "rate: --rate 1024 is out of range: 64K to 16G"),
+        ({"rate": "1K"}, "rate: 1K is out of range: 64K to 16G"),
         ({"rate": "fast"}, "rate: 'fast' is not a size"),
     ],
 )

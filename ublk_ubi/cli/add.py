@@ -10,6 +10,7 @@ import click
 from ublk_ubi.cli.common import (
     UbiCommand,
     json_option,
+    min_free,
     mode,
     notice,
     print_json,
@@ -78,7 +79,7 @@ EXAMPLES = """
     help="For that, at most so many bytes a second: 64K to 16G, or max. [default: max]",
 )
 @click.option(
-    "--min-free", metavar="SHARE|SIZE",
+    "--min-free", type=min_free, metavar="SHARE|SIZE",
     help="What that leaves free of the base's filesystem: 10%, 20G. [default: 5%]",
 )
 @click.option(

@@ -22,6 +22,14 @@ class UbiCommand(click.Command):
         super().__init__(*args, **kwargs)
         self.examples = examples
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; click's parser forgets whose option lacks its value."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's signature
         """Write the examples."""
         self.write_examples(formatter, self.examples)
@@ -46,16 +54,26 @@ class UbiGroup(click.Group):
         UbiCommand.write_examples(formatter, self.examples)
 
 
-class Seconds(click.FloatRange):
-    """A length of time; not "nan", which is within any range."""
+class Seconds(click.types.FloatParamType):
+    """A length of time, `least` to `most`; not "nan", of which nothing is true."""
+
+    name = "seconds"
+
+    def __init__(self, least: float, most: float) -> None:
+        self.least, self.most = least, most
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None,
     ) -> float:
         """Read it."""
-        seconds: float = super().convert(value, param, ctx)
-        if not seconds < float("inf"):
-            self.fail(f"{value} is no number of seconds.", param, ctx)
+        try:
+            seconds = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is no number of seconds: write it like 30 or 0.5", param, ctx)
+        if not self.least <= seconds <= self.most:
+            self.fail(
+                f"{value} is out of range: {self.least:g} to {self.most:.0f} seconds", param, ctx,
+            )
         return seconds
 
 
@@ -87,6 +105,15 @@ def rate(text: str) -> int | Literal["max"]:
         return parse_rate(text) or "max"
     except UbiError as error:
         raise click.BadParameter(error.message) from None
+
+
+def min_free(text: str) -> str:
+    """Take a share or size as it is, but for bytes that were meant to be percent; for click."""
+    if text.isdecimal() and 0 < int(text) <= 100:
+        raise click.BadParameter(
+            f"{text} would be bytes: write {text}% for a share of the filesystem, or {text}G",
+        )
+    return text
 
 
 def complete_name(

@@ -103,7 +103,7 @@ WRONG = (
     ("config vm1 --vhost a/b", "--vhost 'a/b' is not a name"),
     ("attach vm1 --vhost ../x", "--vhost '../x' is not a name"),
     ("attach", "missing argument 'NAME'"),
-    ("detach vm1 --timeout 0", "is not in the range"),
+    ("detach vm1 --timeout 0", "0 is out of range: 0.1 to 3600 seconds"),
 )
 
 
