@@ -115,10 +115,12 @@ class Image(msgspec.Struct):
         size = size_of(self.fd)
         if size != self.size:
             return f"size {self.size} → {size} bytes"
-        ctime_ns = os.fstat(self.fd).st_ctime_ns
-        if not self.is_block and ctime_ns != self.ctime_ns:
-            return f"change time {self.ctime_ns} → {ctime_ns} ns"
-        return None
+        st = os.fstat(self.fd)
+        if self.is_block or st.st_ctime_ns == self.ctime_ns:
+            return None
+        if st.st_nlink == 0:
+            return "it was removed"
+        return f"change time {_utc(self.ctime_ns)} → {_utc(st.st_ctime_ns)} UTC"
 
     def close(self) -> None:
         """Let go of the image; no harm when done twice."""
@@ -343,3 +345,9 @@ def _read_all(fd: int, offset: int, length: int) -> bytes:
             )
         found += piece
     return found
+
+
+def _utc(time_ns: int) -> str:
+    """Write a time to be read; the host's zone is in a file that a live daemon does not see."""
+    seconds, rest_ns = divmod(time_ns, 1_000_000_000)
+    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(seconds))}.{rest_ns:09}"

@@ -468,6 +468,16 @@ def test_changes_are_noticed(raw: Path, tmp_path: Path):
         assert found.changed() == f"size {len(RAW)} → 4096 bytes"
 
 
+def test_how_it_has_changed_can_be_read(raw: Path):
+    with open_image(str(raw)) as found:
+        found.ctime_ns = 1_700_000_000_000_000_005
+        assert (found.changed() or "").startswith(
+            "change time 2023-11-14 22:13:20.000000005 → 20",
+        )
+        raw.unlink()
+        assert found.changed() == "it was removed"
+
+
 # the fingerprint ----------------------------------------------------------------------------
 
 
