@@ -77,7 +77,9 @@ def test_a_used_block_device_is_zeroed_behind_the_image(ubi, make_image, stores)
 def test_blocks_of_4096_bytes(ubi, make_image, make_base, stores, how):
     image = make_image(5 * MIB + 513)
     if how == "option":
-        base, options = make_base(0), {"size": DISK_SIZE + 512, "block_size": 4096}
+        base, options = make_base(0), {"block_size": 4096}
+        with open(base, "wb") as file:
+            file.truncate(8 * MIB + DISK_SIZE + 512)
     else:
         base = stores.block("loop", 8 * MIB + DISK_SIZE, sector_size=4096)
         options = {"zero": True}
