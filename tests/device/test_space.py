@@ -180,13 +180,13 @@ def test_it_takes_no_room_that_is_to_be_left(
 ) -> None:
     """At full speed it took all that there was between two looks at the room."""
     device = ubi.add(make_image(SIZE), small / "base", stripe_size=STRIPE, min_free="20M")
-    fill(small, 21 * MIB)
-    until(lambda: device.status()["space"]["free"] < 22 * MIB, "it has seen that")
+    fill(small, 20 * MIB + 8 * STRIPE)
+    until(lambda: device.status()["space"]["free"] < 21 * MIB, "it has seen that")
     device.hydrate(run=True)
     wait_for_state(device, "low-space")
     space = os.statvfs(small)
     assert space.f_bavail * space.f_frsize >= 20 * MIB - 2 * STRIPE
-    assert device.stripes()["hydrated"] > STRIPES // 16
+    assert device.stripes()["hydrated"] >= 4
 
 
 def test_a_full_filesystem_ends_a_pass_and_room_the_next(
