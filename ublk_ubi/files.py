@@ -41,6 +41,9 @@ STATX_DIO_READ_OFFSET_ALIGN_OFFSET = 180
 AT_EMPTY_PATH = 0x1000
 
 _PROBED_ALIGNMENTS = (512, 1024, 2048, 4096)
+# <linux/magic.h>: EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC
+_DIRECT_FILESYSTEMS = (0xEF53, 0x58465342)
+_STATFS_SIZE = 256                 # more than struct statfs has, of which f_type is the first word
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -171,6 +174,23 @@ def enable_direct(fd: int) -> int:
     if alignment == 0:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags)
     return alignment
+
+
+def stays_direct(fd: int) -> bool:
+    """Tell whether all that is written with O_DIRECT goes past the page cache.
+
+    Many a filesystem takes the flag and writes through the page cache after all: btrfs what has
+    checksums (since Linux 6.15), tmpfs everything. Known not to are block devices, ext4 and XFS.
+    """
+    return stat.S_ISBLK(os.fstat(fd).st_mode) or _filesystem(fd) in _DIRECT_FILESYSTEMS
+
+
+def _filesystem(fd: int) -> int | None:
+    """Return the magic number of the filesystem that a file is on (statfs(2))."""
+    buffer = ctypes.create_string_buffer(_STATFS_SIZE)
+    if ctypes.CDLL(None, use_errno=True).fstatfs(fd, buffer) != 0:
+        return None
+    return int(ctypes.c_long.from_buffer(buffer).value)
 
 
 def _statx() -> Callable[..., int] | None:

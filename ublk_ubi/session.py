@@ -39,7 +39,7 @@ from ublk_ubi.control import Control, ControlError, ControlTimeout
 from ublk_ubi.cpus import usable_cpus
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.faults import Faults, errors_of
-from ublk_ubi.files import shown, size_text
+from ublk_ubi.files import shown, size_text, stays_direct
 from ublk_ubi.hydration import Hydration, as_told
 from ublk_ubi.image import FINGERPRINT_SIZE, Image, fingerprint, open_image
 from ublk_ubi.kernel_device import SECTOR, START_TIMEOUT_S, KernelDevice
@@ -297,7 +297,7 @@ class Session(TableHost):
                 cache=self.options.cache,
                 zero_copy=self.device.zero_copy,
                 base_is_block=self.base.is_block,
-                base_is_direct=self.base.direct,
+                base_is_direct=self.base.direct and stays_direct(self.base.fd),
                 block_bytes=self.block_size,
             )
         except MemoryError:
