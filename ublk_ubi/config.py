@@ -63,9 +63,11 @@ def load_config(path: str) -> dict[str, Any]:
         )
     folder = os.path.dirname(os.path.abspath(path))
     try:
-        return {key: _from_text(key, value, folder) for key, value in values.items()}
+        read = {key: _from_text(key, value, folder) for key, value in values.items()}
+        _convert({**read, "base": read.get("base") or "the command line's"})
     except UbiError as error:
         raise UbiError(f"config {path}: {error.message}", Exit.USAGE) from None
+    return read
 
 
 def build_options(values: dict[str, Any]) -> DeviceOptions:
@@ -79,16 +81,21 @@ def build_options(values: dict[str, Any]) -> DeviceOptions:
             "--image is missing: say where the image is (a base that has all of it needs none)",
             Exit.USAGE,
         )
+    options = _convert(values)
+    _check(options)
+    return options
+
+
+def _convert(values: dict[str, Any]) -> DeviceOptions:
+    """Check the types of values. Raises UbiError (usage)."""
     try:
-        options = msgspec.convert(values, DeviceOptions)
+        return msgspec.convert(values, DeviceOptions)
     except msgspec.ValidationError as error:
         reason, _, where = str(error).partition(" - at `$.")
         key = where.rstrip("`")
         name = f"{key}: " if key else ""
         way_out = f"; use {CHOICES[key]}" if key in CHOICES else ""
         raise UbiError(f"{name}{reason[:1].lower()}{reason[1:]}{way_out}", Exit.USAGE) from None
-    _check(options)
-    return options
 
 
 @functools.cache  # a live daemon has no list of users any more

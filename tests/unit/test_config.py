@@ -86,6 +86,9 @@ def test_bytes_are_sizes_too(tmp_path: Path) -> None:
         ({"rate": "200MB"}, "rate: '200MB' can be read two ways: write 200M"),
         ({"rate": "1K"}, "rate: 1K is out of range: 64K to 16G"),
         ({"rate": "fast"}, "rate: 'fast' is not a size"),
+        ({"hydrate": 1}, "hydrate: expected `bool`, got `int`"),
+        ({"cache": "writeback,"}, "use writeback, writethrough or unsafe"),
+        ({"base": 7}, "base: expected `str`, got `int`"),
     ],
 )
 def test_files_that_are_refused_by_name(tmp_path: Path, values: Any, words: str | None) -> None:
