@@ -129,6 +129,14 @@ def resolve_owner(owner: str) -> tuple[int, int]:
     return uid, gid
 
 
+def with_owner_by_number(options: DeviceOptions, owner: tuple[int, int]) -> DeviceOptions:
+    """Return `options` with what `resolve_owner` gave, for where nobody knows the names."""
+    if options.owner is None:
+        return options
+    uid, gid = ("" if number < 0 else str(number) for number in owner)
+    return msgspec.structs.replace(options, owner=f"{uid}:{gid}" if gid else uid)
+
+
 def parse_rate(text: str) -> int | None:
     """Read a rate in bytes a second, such as 200M; `max` is None. Raises UbiError (usage)."""
     if text == "max":

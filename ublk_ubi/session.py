@@ -35,6 +35,7 @@ from ublk_ubi._device import DataPlane
 from ublk_ubi._opener import Opener, Refused
 from ublk_ubi.base import Base, open_base
 from ublk_ubi.bounds import block_size
+from ublk_ubi.config import with_owner_by_number
 from ublk_ubi.control import Control, ControlError, ControlTimeout
 from ublk_ubi.cpus import usable_cpus
 from ublk_ubi.errors import Exit, UbiError
@@ -130,6 +131,8 @@ class Session(TableHost):
         self._hydrator_cpus = usable_cpus("--hydrator-cpus", options.hydrator_cpus, told=told)
         control = self._undo.enter_context(self._control or Control.open(fork=True))
         self.device = KernelDevice(control, options)
+        # Who takes the disk over may not know the name.
+        options = self.options = with_owner_by_number(options, self.device.owner)
         self.claim = runtime.claim(options.name, base=self.places["base"])
         try:
             self._meet_previous(recover=recover)

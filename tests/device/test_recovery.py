@@ -5,6 +5,7 @@ Kills and upgrades in number, under fio, are the matter of test_kills.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -21,7 +22,7 @@ from support.mortal import Action
 from support.ondisk import DATA_OFFSET, read_metadata
 from support.processes import starting_pid
 from support.served import ServedDisk, serve
-from support.shell import until
+from support.shell import run, until
 from support.variant import Variant
 
 if TYPE_CHECKING:
@@ -318,6 +319,26 @@ def test_an_upgrade_keeps_hydration(busy: Busy, seed: int) -> None:
     busy.go_on(50)
     assert busy.device.status()["hydration"]["state"] in ("running", "done")
     busy.end()
+
+
+def test_an_owner_who_is_gone_keeps_no_disk_from_coming_back(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str], undo: Undo,
+    tmp_path: Path,
+) -> None:
+    """The node has an owner by number; whether there still is such a user is nobody's matter."""
+    users = tmp_path / "passwd"
+    users.write_text(Path("/etc/passwd").read_text() + "tenant:x:4321:8765::/:/bin/false\n")
+    with contextlib.ExitStack() as there:
+        run("mount", "--bind", users, "/etc/passwd")
+        there.callback(run, "umount", "/etc/passwd")
+        undo.enter_context(there)
+        device = ubi.add(make_image(SIZE), make_base(SIZE), stripe_size=STRIPE, recovery=True,
+                         owner="tenant")
+        there.close()
+    device.kill()
+    device.recover()
+    node = os.stat(device.node)
+    assert (node.st_uid, node.st_gid) == (4321, 8765)
 
 
 def test_what_hydration_is_told_while_the_next_daemon_loads_counts(

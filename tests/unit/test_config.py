@@ -178,6 +178,13 @@ def test_options_that_are_refused(values: dict[str, Any], words: str) -> None:
 )
 def test_owners(owner: str, ids: tuple[int, int]) -> None:
     assert config.resolve_owner(owner) == ids
+    options = DeviceOptions(base="/b", owner=owner)
+    by_number = config.with_owner_by_number(options, ids).owner
+    assert by_number is not None
+    assert "root" not in by_number
+    assert config.resolve_owner(by_number) == ids
+    none = DeviceOptions(base="/b")
+    assert config.with_owner_by_number(none, (-1, -1)) == none
 
 
 def test_the_daemons_import_stays_small() -> None:
