@@ -17,8 +17,9 @@ from ublk_ubi._core cimport (
 from ublk_ubi._lifecycle cimport (
     HOST_BEFORE_WRITE, HOST_CREATED, HOST_DROP_TABLE, HOST_FIND_TABLE, HOST_LATCH_TABLE,
     HOST_MAKE_TABLE, HOST_MAP_TABLE, HOST_PUBLISH_TABLE, HOST_UNLINK_TABLE, HOST_ZERO_TAIL,
-    PHASE_CLOSED, PHASE_FAILED, PHASE_OPEN, SCRATCH_BYTES, TABLE_DAMAGED, TABLE_FOUND, TABLE_LIVE,
-    TABLE_NONE, LifecycleOptions, TableIdentity, lifecycle_init, lifecycle_step,
+    PHASE_CLOSED, PHASE_FAILED, PHASE_OPEN, PHASE_PUBLISH, SCRATCH_BYTES, TABLE_DAMAGED,
+    TABLE_FOUND, TABLE_LIVE, TABLE_NONE, LifecycleOptions, TableIdentity, lifecycle_init,
+    lifecycle_step,
 )
 from ublk_ubi._memory cimport map_memory, munmap
 from ublk_ubi._ring cimport (
@@ -132,11 +133,25 @@ cdef class Opener:
         """Open or create the base; the host is called as the engine asks.
 
         Raises Refused, and OSError with the errno of an I/O that failed. What the host raises
-        passes through. After any of these the base is as the engine left it, and unusable here.
+        passes through. After any of these the base is as the engine left it, and unusable here;
+        but where the table alone got no name, because another has it, the base is closed again.
         """
-        self.run(host, EVENT_START)
+        try:
+            self.run(host, EVENT_START)
+        except BaseException:
+            if self.lifecycle.phase == PHASE_PUBLISH:
+                self.withdraw(host)
+            raise
         if self.lifecycle.phase != PHASE_OPEN:
             self.fail()
+
+    def withdraw(self, host):
+        """Close what nobody has used yet. A base that cannot be closed keeps its table."""
+        self.lifecycle.phase = PHASE_OPEN
+        try:
+            self.close(host)
+        except (OSError, Refused):
+            pass
 
     def close(self, host):
         """Mark the base closed. All must be committed. Raises OSError; the table then stays."""

@@ -124,6 +124,8 @@ def test_an_image_that_is_cut_short_does_not_matter(
     assert (refused.code, f"{SIZE}" in refused.stderr) == (1, True), refused
     Path(image.path).write_bytes(image.content)
     device.recover()
+    assert image.path in device.status()["degraded"], "nobody can tell that it is as it was"
+    device.reopen(size=None)
     assert device.status()["degraded"] is None
     assert read(device, 0) == b"a" * BLOCK
     assert read(device, SIZE - STRIPE) == image.content[-STRIPE:][:BLOCK]

@@ -1,0 +1,107 @@
+"""The opener, on real files: what it leaves of a base that it could not open after all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+from unit.enginekit import ubiformat
+
+from ublk_ubi._opener import Opener
+from ublk_ubi.errors import Exit, UbiError
+from ublk_ubi.table import TableHost, boot_id
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+METADATA = 8 << 20
+SIZE = 1 << 20
+
+
+class Host(TableHost):
+    """The tables, and nothing of a device; `meanwhile` is called before the base is written."""
+
+    meanwhile: Callable[[], object] = staticmethod(lambda: None)
+
+    def before_write(self, _opener: Opener) -> None:
+        self.meanwhile()
+
+    def zero_tail(self, opener: Opener) -> None:
+        pass
+
+    def created(self) -> None:
+        pass
+
+
+class Disk:
+    """A base of one MiB, its opener, and where its tables are."""
+
+    def __init__(self, path: Path, tables: Path) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.truncate(self.fd, METADATA + SIZE)
+        self.host = Host(str(tables))
+        self.opener = Opener(
+            base_fd=self.fd, sync_fd=self.fd, base_bytes=METADATA + SIZE, image_bytes=SIZE,
+            identity=(1, os.fstat(self.fd).st_ino), fingerprint=bytes(32), new_uuid=os.urandom(16),
+            boot_id=boot_id(), stripe_bytes=0, default_stripe_bytes=64 << 10, block_bytes=512,
+            format=False, adopt=False, force=False, force_stale=False, no_image=False,
+        )
+
+    def open(self) -> None:
+        self.opener.open(self.host)
+
+    def end(self) -> None:
+        self.opener.close(self.host)
+        self.host.table.close()
+
+    @property
+    def says_open(self) -> tuple[bool, bool]:
+        """What the extension says, and what bdev_ubi would see."""
+        slots = [
+            ubiformat.parse_slot(os.pread(self.fd, ubiformat.SLOT_BYTES, at))
+            for at in ubiformat.SLOT_OFFSETS
+        ]
+        newest = max(slots, key=lambda slot: slot.sequence)
+        return newest.is_open, ubiformat.parse_head(os.pread(self.fd, 4096, 0)).minor == 2
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Disk]]:
+    """Make a base, or have the one that is there; each call is another opener."""
+    made = []
+
+    def make(name: str) -> Disk:
+        made.append(Disk(tmp_path / name, tmp_path / "tables"))
+        return made[-1]
+
+    (tmp_path / "tables").mkdir()
+    yield make
+    for one in made:
+        os.close(one.fd)
+
+
+def test_a_copy_that_another_opener_overtakes_is_closed_again(
+    disk: Callable[[str], Disk], tmp_path: Path,
+) -> None:
+    """It has looked for a table, and found none; by when its own is made, there is one."""
+    new = disk("base")
+    new.open()
+    new.end()
+    shutil.copy(tmp_path / "base", tmp_path / "copy")
+    base, copy = disk("base"), disk("copy")
+    copy.host.meanwhile = base.open
+    with pytest.raises(UbiError, match="its base is a copy") as caught:
+        copy.open()
+    assert caught.value.code == Exit.BUSY
+    assert copy.says_open == (False, False)
+    assert base.says_open == (True, True)
+    assert os.listdir(tmp_path / "tables") == [os.path.basename(base.host.path)]
+    base.end()
+    again = disk("copy")
+    again.open()
+    assert again.says_open == (True, True)
+    again.end()
+    assert os.listdir(tmp_path / "tables") == []
