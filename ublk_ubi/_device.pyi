@@ -23,7 +23,7 @@ class DataPlane:
         cache: str,
         zero_copy: bool,
         base_is_block: bool,
-        base_is_direct: bool,
+        dsync_alignment: int,
         block_bytes: int,
     ) -> None: ...
     def start_hydrator(

@@ -176,13 +176,16 @@ def enable_direct(fd: int) -> int:
     return alignment
 
 
-def stays_direct(fd: int) -> bool:
-    """Tell whether all that is written with O_DIRECT goes past the page cache.
+def direct_alignment(fd: int) -> int:
+    """Return the bytes of what is written past the page cache for sure, whole; 0: nothing is.
 
-    Many a filesystem takes the flag and writes through the page cache after all: btrfs what has
-    checksums (since Linux 6.15), tmpfs everything. Known not to are block devices, ext4 and XFS.
+    The file has O_DIRECT. Many a filesystem takes the flag and writes through the page cache after
+    all: btrfs what has checksums (since Linux 6.15), tmpfs everything, XFS parts of blocks that
+    files share (xfs_file_write_iter). Block devices never do.
     """
-    return stat.S_ISBLK(os.fstat(fd).st_mode) or _filesystem(fd) in _DIRECT_FILESYSTEMS
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        return 1
+    return os.fstatvfs(fd).f_bsize if _filesystem(fd) in _DIRECT_FILESYSTEMS else 0
 
 
 def _filesystem(fd: int) -> int | None:

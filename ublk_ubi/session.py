@@ -40,7 +40,7 @@ from ublk_ubi.control import Control, ControlError, ControlTimeout
 from ublk_ubi.cpus import usable_cpus
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.faults import Faults, errors_of
-from ublk_ubi.files import shown, size_text, stays_direct
+from ublk_ubi.files import direct_alignment, shown, size_text
 from ublk_ubi.hydration import Hydration, as_told
 from ublk_ubi.image import FINGERPRINT_SIZE, Image, fingerprint, open_image
 from ublk_ubi.kernel_device import SECTOR, START_TIMEOUT_S, KernelDevice
@@ -300,7 +300,7 @@ class Session(TableHost):
                 cache=self.options.cache,
                 zero_copy=self.device.zero_copy,
                 base_is_block=self.base.is_block,
-                base_is_direct=self.base.direct and stays_direct(self.base.fd),
+                dsync_alignment=direct_alignment(self.base.fd) if self.base.direct else 0,
                 block_bytes=self.block_size,
             )
         except MemoryError:

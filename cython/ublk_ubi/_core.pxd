@@ -159,7 +159,7 @@ cdef struct Shared:
     uint16_t queues
     uint16_t depth
     bint copy_on_read
-    bint buffered                  # the base is written through the page cache
+    uint32_t dsync_mask            # bits of offset and length: a write with any goes without DSYNC
     uint8_t cache                  # CacheMode
     uint32_t image_lost
     uint8_t* state                 # [image_stripes] StripeState and the hydrator's flags

@@ -78,7 +78,7 @@ cdef class DataPlane:
 
     def __cinit__(self, Opener opener, *, int queues, int depth, bint copy_on_read,
                   uint64_t device_bytes, str cache, bint zero_copy, bint base_is_block,
-                  bint base_is_direct, uint32_t block_bytes):
+                  uint32_t dsync_alignment, uint32_t block_bytes):
         cdef uint32_t index
         self.notify_fd = -1
         self.threads = []
@@ -98,7 +98,7 @@ cdef class DataPlane:
         self.device.shared.queues = queues
         self.device.shared.depth = depth
         self.device.shared.copy_on_read = copy_on_read
-        self.device.shared.buffered = not base_is_direct
+        self.device.shared.dsync_mask = dsync_alignment - 1
         self.device.shared.cache = CACHE_MODES.index(cache)
         self.device.zeros = <const uint8_t*>self.take(opener.stripe_bytes)
         self.device.block = block_bytes

@@ -23,9 +23,10 @@ Invariants
 - A queue never writes a stripe state: what needs a transition is asked of the hydrator.
 - A guest's write reaches the base only when its stripe is PRESENT, or claimed as a whole.
 - A write to be durable on a DURABLE stripe is written with DSYNC; zeroing has none, an fdatasync
-  follows it, as it does where the base is buffered: all writes share an open file there, and the
-  page cache tells it once of what was lost, whoever asks. On a stripe that was not DURABLE *when
-  the write was issued* it joins a round afterwards, whatever the stripe has become meanwhile.
+  follows it, as it does where a write may go through the page cache (`dsync_mask`): all writes
+  share an open file there, and the page cache tells it once of what was lost, whoever asks. On a
+  stripe that was not DURABLE *when the write was issued* it joins a round afterwards, whatever the
+  stripe has become meanwhile.
 - One fdatasync at a time; who comes while it runs waits for the next.
 - A FLUSH needs no fdatasync when one of the hydrator's began after the last write had ended, and
   has ended well.

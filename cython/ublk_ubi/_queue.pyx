@@ -109,7 +109,8 @@ cdef void start_write(Queue* queue, uint16_t tag, Actions* actions) noexcept nog
     if request.durable:
         if state != DURABLE:
             request.follows = FOLLOWS_ROUND
-        elif kind == ACT_WRITE_BASE and not queue.shared.buffered:
+        elif (kind == ACT_WRITE_BASE
+                and not (request.offset | request.length) & queue.shared.dsync_mask):
             dsync = True
         else:
             request.follows = FOLLOWS_SYNC

@@ -220,7 +220,7 @@ cdef class Engines:
     def __cinit__(self, *, uint32_t stripes=8, int queues=1, int depth=4,
                   uint32_t stripe_bytes=65536, image_bytes=None, device_bytes=None,
                   bint copy_on_read=True, uint32_t buffers=4, uint32_t wanted=8, present=(),
-                  durable=(), int cache=_core.CACHE_WRITEBACK, bint buffered=False):
+                  durable=(), int cache=_core.CACHE_WRITEBACK, uint32_t dsync_mask=0):
         cdef int index
         self.memory = []
         whole = stripes * stripe_bytes
@@ -231,7 +231,7 @@ cdef class Engines:
         self.shared.image_stripes = stripes
         self.shared.queues, self.shared.depth = queues, depth
         self.shared.copy_on_read = copy_on_read
-        self.shared.buffered = buffered
+        self.shared.dsync_mask = dsync_mask
         self.shared.cache = cache
         self.shared.state = <uint8_t*>self.take(stripes)
         self.state_memory = self.memory[-1]

@@ -427,16 +427,16 @@ def test_the_probe_finds_the_smallest_length(raw: Path, monkeypatch, least: int)
         assert files.enable_direct(file.fileno()) == (least if least <= 4096 else 0)
 
 
-@pytest.mark.parametrize(("magic", "direct"), [
+@pytest.mark.parametrize(("magic", "stays"), [
     (0xEF53, True), (0x58465342, True), (0x9123683E, False), (0x01021994, False), (None, False),
 ])
-def test_where_direct_writes_stay_so(raw: Path, monkeypatch, magic: int | None, direct: bool):
-    """On ext4 and XFS; not on btrfs and tmpfs, nor where nobody can tell."""
+def test_where_direct_writes_stay_so(raw: Path, monkeypatch, magic: int | None, stays: bool):
+    """Of whole blocks on ext4 and XFS; not on btrfs and tmpfs, nor where nobody can tell."""
     with open(raw, "rb") as file:
         told = subprocess.run(["stat", "-f", "-c", "%t", raw], capture_output=True, check=True)
         assert files._filesystem(file.fileno()) == int(told.stdout, 16)
         monkeypatch.setattr(files, "_filesystem", lambda _fd: magic)
-        assert files.stays_direct(file.fileno()) == direct
+        assert files.direct_alignment(file.fileno()) == (os.statvfs(raw).f_bsize if stays else 0)
 
 
 def test_a_coarse_alignment_is_told(raw: Path, monkeypatch):

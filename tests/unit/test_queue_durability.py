@@ -302,17 +302,31 @@ class Way:
 
 ALL_WAYS = [(mode, op, way, fua) for mode in MODES for op in (WRITE, ZEROES) for way in WAYS
             for fua in (False, True)]
+BUFFERED = (1 << 32) - 1             # the mask of a base whose writes go through the page cache
 on_each_base = pytest.mark.parametrize("buffered", [False, True], ids=["direct", "buffered"])
 
 
 @on_each_base
 @pytest.mark.parametrize(("mode", "op", "way", "fua"), ALL_WAYS)
 def test_the_way_of_a_write(mode: str, op: int, way: str, fua: bool, buffered: bool) -> None:
-    write = Way(engine(cache=MODES[mode], buffered=buffered), op, way, fua=fua)
+    write = Way(engine(cache=MODES[mode], dsync_mask=BUFFERED * buffered), op, way, fua=fua)
     while write.result is None:
         write.step()
     assert write.steps == way_of(op, way, is_to_be_durable(mode, fua), buffered)
     assert write.result == write.length
+
+
+@pytest.mark.parametrize(("at", "length", "alone"), [
+    (0, 4096, True), (4096, 2 * 4096, True), (512, 4096, False), (4096, 512, False),
+])
+def test_a_part_of_a_filesystems_block_may_be_written_through_its_cache(
+    at: int, length: int, alone: bool,
+) -> None:
+    e = engine(cache=t.CACHE_WRITETHROUGH, dsync_mask=4095)
+    (action,) = submit(e, WRITE, COMMITTED, at, length)
+    assert action == write_base(TAG, COMMITTED * STRIPE + at, length, dsync=alone)
+    (action,) = ended(e, length)
+    assert action.kind == (t.ACT_COMPLETE if alone else t.ACT_SYNC_BASE)
 
 
 @on_each_base
@@ -324,7 +338,7 @@ def test_the_latch_at_any_point_of_a_writes_way(
     durable = is_to_be_durable(mode, fua)
     steps = way_of(op, way, durable, buffered)
     for at in range(len(steps) + 1):
-        e = engine(cache=MODES[mode], buffered=buffered)
+        e = engine(cache=MODES[mode], dsync_mask=BUFFERED * buffered)
         if at == 0:
             e.latch = errno.ENOSPC
         write = Way(e, op, way, fua=fua)

@@ -23,12 +23,12 @@ PART = 8 * KIB
 COLD, HAS_DATA, COMMITTED = 0, 1, 2
 
 
-def engine(*, copy_on_read: bool = True, clean: bool = False, buffered: bool = False,
+def engine(*, copy_on_read: bool = True, clean: bool = False, dsync_mask: int = 0,
            cache: int = t.CACHE_WRITEBACK) -> t.Engines:
     """Make one queue over a cold, a PRESENT and a DURABLE stripe; `clean`: nothing is PRESENT."""
     return t.Engines(stripes=STRIPES, depth=DEPTH, stripe_bytes=STRIPE, copy_on_read=copy_on_read,
                      cache=cache, present=() if clean else (HAS_DATA,), durable=(COMMITTED,),
-                     buffered=buffered)
+                     dsync_mask=dsync_mask)
 
 
 def submit(e: t.Engines, op: int, stripe: int = 0, at: int = 0, length: int = PART, *,
