@@ -83,6 +83,7 @@ class Session(TableHost):
         self.started_at = time.monotonic()
         self.claim: Claim
         self.image: Image | None = None
+        self._last: runtime.State | None = None  # of the daemon from which this one takes over
         self.base: Base
         self.opener: Opener
         self.plane: DataPlane
@@ -90,10 +91,8 @@ class Session(TableHost):
         self.upkeep: Upkeep
         self.device: KernelDevice
         self.link = ""
-        self.block_size = SECTOR
-        self.size = 0
-        self.is_live = False
-        self._was_seen = False
+        self.block_size, self.size = SECTOR, 0
+        self.is_live = self._was_seen = False
         self._notice = notice
         self._control = control
         self._undo = contextlib.ExitStack()
@@ -140,6 +139,7 @@ class Session(TableHost):
             self.claim.abandon()  # what could not be cleared stays listed, as a dead device
             raise
         taken_over = self.device.recovered
+        self._last = self.claim.previous if taken_over else None
         if recover:  # while this daemon loaded, the one before may have been told otherwise
             options = self.options = as_told(options, self.claim.read("options.json"))
         self._undo.callback(self.claim.abandon if taken_over else self.claim.release)
@@ -225,11 +225,11 @@ class Session(TableHost):
 
     def _open_image(self) -> None:
         """Open the image. A base that has all of it needs none: its metadata will tell."""
-        options, previous = self.options, self.claim.previous
+        options = self.options
         if options.image is None or (self._before and "image" not in self.reach):
             return
-        if self.device.recovered and previous and previous.independent:
-            return  # there may be another one by now
+        if self._last and (self._last.independent or self._last.image_problem):
+            return  # there may be another one by now, which nobody needs; lost is lost
         try:
             self.image = open_image(
                 options.image, image_format=options.image_format, cache=options.image_cache,
@@ -264,6 +264,7 @@ class Session(TableHost):
             force=self.options.force,
             force_stale=self.options.force_stale,
             no_image=self.image is None,
+            image_lost=bool(self._last and self._last.image_problem),
         )
         try:
             self.opener.open(self)
@@ -333,9 +334,8 @@ class Session(TableHost):
                 errors_of(self.plane.io(), self.plane.counters()), self.degraded(),
             ),
         )
-        previous = self.claim.previous
-        if self.device.recovered and previous and previous.image_problem is not None:
-            self.upkeep.lose_image(previous.image_problem)
+        if self._last and self._last.image_problem and not self._last.independent:
+            self.upkeep.lose_image(self._last.image_problem)
 
     def _go_live(self) -> None:
         self._was_seen = True

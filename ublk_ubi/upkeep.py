@@ -96,14 +96,11 @@ class Upkeep:
             change = error.strerror
         if change is not None and self._image is image and not self._end.is_set():
             self.lose_image(f"has changed since it was opened: {change}")
+            self._report(f"image {image.path} {self.image_problem}")
 
     def lose_image(self, problem: str) -> None:
-        """Have nothing of the image served or copied any more; no harm where nobody needs it."""
-        image = self._image
-        if image is None:
-            return
+        """Have nothing of the image served or copied any more."""
         self._plane.lose_image()
         self._hydration.lose_image()
         self.image_problem = problem
-        self._report(f"image {image.path} {problem}")
         os.eventfd_write(self._plane.notify_fd, 1)  # so that the next daemon hears of it

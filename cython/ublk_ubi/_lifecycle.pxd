@@ -154,6 +154,7 @@ cdef struct LifecycleOptions:
     bint force
     bint force_stale
     bint no_image                  # what is recorded stands for size and fingerprint
+    bint image_lost                # … even if the base lacks stripes: nobody will get at them
 
 cdef struct Lifecycle:
     LifecycleOptions options

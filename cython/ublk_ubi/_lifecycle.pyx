@@ -233,7 +233,8 @@ cdef void read_pages(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     if lifecycle.phase != PHASE_READ_PAGES:
         lifecycle.position = 0
     if lifecycle.position == end:
-        if lifecycle.options.no_image and not is_full(lifecycle) and lifecycle.errno_ == 0:
+        if (lifecycle.options.no_image and not lifecycle.options.image_lost
+                and not is_full(lifecycle) and lifecycle.errno_ == 0):
             refuse(lifecycle, REFUSE_NEEDS_IMAGE)
         else:
             host(lifecycle, PHASE_FIND_TABLE, HOST_FIND_TABLE, actions)

@@ -106,7 +106,7 @@ cdef class Opener:
     def __init__(self, *, int base_fd, int sync_fd, uint64_t base_bytes, uint64_t image_bytes,
                  identity, bytes fingerprint, bytes new_uuid, bytes boot_id, uint32_t stripe_bytes,
                  uint32_t default_stripe_bytes, uint32_t block_bytes, bint format, bint adopt,
-                 bint force, bint force_stale, bint no_image):
+                 bint force, bint force_stale, bint no_image, bint image_lost=False):
         cdef LifecycleOptions options
         if len(fingerprint) != 32 or len(new_uuid) != 16 or len(boot_id) != 16:
             raise ValueError("fingerprint has 32 bytes, UUID and boot id have 16")
@@ -127,6 +127,7 @@ cdef class Opener:
         options.force = force
         options.force_stale = force_stale
         options.no_image = no_image
+        options.image_lost = image_lost
         lifecycle_init(&self.lifecycle, &options, self.pages, self.scratch)
 
     def open(self, host):

@@ -439,8 +439,8 @@ cdef class LifecycleSteps:
                   uint64_t inode=2, bytes fingerprint=b"f" * 32, bytes new_uuid=b"u" * 16,
                   bytes boot_id=b"b" * 16, uint32_t stripe_bytes=0,
                   uint32_t default_stripe_bytes=1048576, uint32_t block_bytes=0,
-                  bint format=False, bint adopt=False,
-                  bint force=False, bint force_stale=False, bint no_image=False):
+                  bint format=False, bint adopt=False, bint force=False, bint force_stale=False,
+                  bint no_image=False, bint image_lost=False):
         cdef LifecycleOptions options
         memset(&options, 0, sizeof(options))
         options.base_bytes = base_bytes
@@ -457,7 +457,7 @@ cdef class LifecycleSteps:
         options.adopt = adopt
         options.force = force
         options.force_stale = force_stale
-        options.no_image = no_image
+        options.no_image, options.image_lost = no_image, image_lost
         self.pages = bytearray(1025 * _core.PAGE)
         self.scratch = bytearray(SCRATCH_BYTES)
         lifecycle_init(&self.lifecycle, &options, <uint8_t*><bytearray>self.pages,

@@ -62,6 +62,16 @@ def test_one_stripe_that_is_missing_needs_the_image(missing: int) -> None:
     assert ended(disk, tables, **NO_IMAGE, force=True, force_stale=True) == "NEEDS_IMAGE"
 
 
+@pytest.mark.parametrize("missing", FULL)
+def test_a_disk_whose_image_is_lost_is_gone_on_with_as_it_is(missing: int) -> None:
+    disk, tables = made(*(stripe for stripe in FULL if stripe != missing), is_open=True)
+    opening = open_base(disk, tables, **NO_IMAGE, image_lost=True)
+    assert opening.steps.going_on
+    states = bytearray([t.DURABLE]) * STRIPES
+    states[missing] = t.ABSENT
+    assert opening.steps.states() == (bytes(states), 0)
+
+
 def test_the_last_header_of_many_pages_is_looked_at() -> None:
     """10,234 stripes have their headers on six pages, the last one alone on its own."""
     stripes = 10_234
