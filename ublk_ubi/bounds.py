@@ -66,7 +66,8 @@ def other_image_size(base: str, recorded: int, image: str, image_size: int) -> U
     """Say that an image cannot be the one that a base was made from; sizes in bytes."""
     return UbiError(
         f"{base} belongs to an image of {size_text(recorded)}, and {image} has "
-        f"{size_text(image_size)}: give the image it was made from, or start anew with --format",
+        f"{size_text(image_size)}: give the image it was made from (none, if the base has all of "
+        "it), or start anew with --format",
     )
 
 

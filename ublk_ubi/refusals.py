@@ -115,7 +115,8 @@ _LINES: dict[str, Callable[[Context], UbiError]] = {
     ),
     "fingerprint": lambda c: UbiError(
         f"{c.what} was made from another image than {c.image_path} (same size, other "
-        "content): give that image; --force takes this one for the stripes not hydrated yet",
+        "content): give that image (none, if the base has all of it); --force takes this one for "
+        "the stripes not hydrated yet",
     ),
     "live": lambda c: UbiError(
         f"{c.what} is a copy of a disk (UUID {uuid_text(c.opener.uuid)}) that is in use now: "
