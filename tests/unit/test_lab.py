@@ -595,6 +595,13 @@ def test_help_has_examples() -> None:
     assert all(len(line) <= 100 for line in text.splitlines())
 
 
+def test_processors_that_wait_for_each_other_do_not_spin() -> None:
+    """Or guests of two cost a third more: what waits for a mutex sleeps, for a lock yields."""
+    config, kernel = (out(lab("--print", what)).strip() for what in ("config", "kernel"))
+    assert "SPIN_ON_OWNER=y" not in Path(config).read_text()
+    assert b"\0sched_yield\0" in Path(kernel).read_bytes()
+
+
 # -- building, with a kernel source that is a toy -------------------------------------------------
 
 TOY_MAKEFILE = """

@@ -7,9 +7,9 @@
     CACHE/init-HASH                                     init.c, compiled
     CACHE/lock                                          held while building
 
-HASH covers what we put in (configuration and recipe). A folder gets its name by one rename when all
-of it is there, so what has the name is whole. A later call asks no network whether something newer
-has come out: remove the folder to have the newest built.
+HASH covers what we put in (configuration, edits of the source, recipe). A folder gets its name by
+one rename when all of it is there, so what has the name is whole. A later call asks no network
+whether something newer has come out: remove the folder to have the newest built.
 """
 
 from __future__ import annotations
@@ -36,6 +36,17 @@ HERE = Path(__file__).resolve().parent
 CONFIG = HERE / "kernel.config"
 INIT_SOURCE = HERE / "init.c"
 RECIPE = b"1"  # raise it when the way of building changes what comes out
+
+# Edits of the source: file, what stands there once, what is to stand there. A processor is a thread
+# of this machine's, which may have fewer: one that spins keeps another from letting the lock go.
+EDITS = (
+    ("arch/x86/um/Kconfig", "\tselect ARCH_SUPPORTS_ATOMIC_RMW\n", ""),  # mutexes: SPIN_ON_OWNER
+    (
+        "arch/x86/um/asm/processor.h",
+        '\t__asm__ __volatile__("pause": : :"memory");\n',
+        "\textern int sched_yield(void);\n\n\tsched_yield();\n",
+    ),
+)
 
 ESSENTIAL = ("BLK_DEV_UBLK", "BLK_DEV_UBD", "IO_URING", "HOSTFS", "SMP", "DEVTMPFS", "SSL", "TMPFS")
 BUILD_BYTES = 3 << 30  # the unpacked source and what is compiled from it, for a while
@@ -88,7 +99,8 @@ def cache_folder() -> Path:
 
 def configuration_hash() -> str:
     """Hash all that we put into a kernel."""
-    return hashlib.sha256(RECIPE + CONFIG.read_bytes()).hexdigest()[:12]
+    what = RECIPE + repr(EDITS).encode() + CONFIG.read_bytes()
+    return hashlib.sha256(what).hexdigest()[:12]
 
 
 def find(cache: Path) -> Kernel | None:
@@ -222,6 +234,7 @@ def _build(cache: Path, report: Report) -> Kernel:
         phase(f"downloading and unpacking {package} {version}")
         source = archive.unpack_source(package, version, work / "source")
         phase("configuring")
+        _edit(source, phase)
         _configure(source, log, phase)
         jobs = len(os.sched_getaffinity(0))
         phase(f"compiling with {jobs} jobs (some 8 minutes of processor time)")
@@ -235,6 +248,17 @@ def _build(cache: Path, report: Report) -> Kernel:
         return Kernel(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _edit(source: Path, phase: Report) -> None:
+    """Make the edits; a kernel that does not have what they replace is as good, but slow."""
+    for name, old, new in EDITS:
+        path = source / name
+        text = path.read_text() if path.exists() else ""
+        if text.count(old) == 1:
+            path.write_text(text.replace(old, new))
+        else:
+            phase(f"note: {name} is not as expected: guests of several processors will be slow")
 
 
 def _configure(source: Path, log: Path, phase: Report) -> None:
