@@ -118,7 +118,9 @@ def calls_in(stream: bytes) -> list[tuple[str, object]]:
             return found
         if not is_request(value) or value["method"] not in METHODS:
             continue
-        params = value.get("params", {})
+        params = value.get("params")
+        if params is None:  # absent or null, as some clients have it
+            params = {}
         if value["method"] == "status" and params == {}:
             found.append(("status", None))
         elif params == {} or (isinstance(params, dict) and set(params) == {"force"}):
