@@ -18,6 +18,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 ARGUMENTS = ["-x", "-q", "-s", "--no-header", "-p", "no:cacheprovider",
+             # Some run at a time, and sweep old folders from under one another.
+             "-p", "no:unraisableexception",
              "-p", "no:faulthandler", "--durations=0", "--tb=line", "--assert=plain",
              "-W", "ignore::pytest.PytestAssertRewriteWarning",
              f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml"),
