@@ -366,7 +366,7 @@ class Session(TableHost):
             recoverable=self.device.recoverable,
             unit=own_unit(),
             image_problem=self.upkeep.image_problem if live else None,
-            independent=live and self.independent,
+            independent=live and (self.independent or bool(self._last and self._last.independent)),
         )
 
     @property
