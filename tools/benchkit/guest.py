@@ -26,10 +26,13 @@ from .shell import FailedError, MissingError, each_until_it_waits, fio_report, r
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# What would let one run differ from another.
+# What would let one run differ from another: addresses, and the rounds of the kernel, each of which
+# costs the run that it falls into up to 10 ms.
+KHUGEPAGED = "/sys/kernel/mm/transparent_hugepage/khugepaged"
 SETTINGS = {
     "/proc/sys/kernel/randomize_va_space": "0",
     "/sys/module/damon_stat/parameters/enabled": "N",
+    f"{KHUGEPAGED}/scan_sleep_millisecs": str((1 << 32) - 1),
 }
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "DM_DISABLE_UDEV": "1", "LC_ALL": "C"}
 
