@@ -96,11 +96,17 @@ def test_a_fork_of_ours_ends_with_us_and_is_collected() -> None:
     assert agent._process.wait(LIMIT_S) == 0
     with pytest.raises(ChildProcessError):
         os.waitpid(agent.pid, os.WNOHANG)
+
+
+def test_a_fork_of_ours_that_is_killed_before_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control_agent, "serve", lambda _control_fd: signal.pause())
     killed = forked_agent("/dev/null")
     os.kill(killed.pid, signal.SIGKILL)
-    with pytest.raises(UbiError, match=r"helper ended before it was ready \(signal 9\)"):
-        killed.wait_ready(soon())
-    killed.abandon()
+    try:
+        with pytest.raises(UbiError, match=r"helper ended before it was ready \(signal 9\)"):
+            killed.wait_ready(soon())
+    finally:
+        killed.abandon()
 
 
 def test_a_fork_of_ours_tells_what_it_lacks(tmp_path: Path) -> None:
