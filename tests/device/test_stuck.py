@@ -34,7 +34,7 @@ def is_stuck(pid: int) -> bool:
     """Whether a process waits for a disk, unkillable."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "D"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter amid reading
         return False
 
 

@@ -255,7 +255,7 @@ class Device:
         """Whether the daemon's process is there."""
         try:
             state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # the latter amid reading
             return False
         return state != "Z"
 
