@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from ublk_ubi import node
 from ublk_ubi.abi import ZERO_COPY, DevState, Feature
 from ublk_ubi.config import resolve_owner
-from ublk_ubi.control import Control, ControlError
+from ublk_ubi.control import DEFAULT_TIMEOUT_S, Control, ControlError
 from ublk_ubi.device_params import AddParams, DeviceParams, DiscardLimits
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.options import COPY_BUFFERS, DEFAULT_DEPTH
@@ -184,8 +184,7 @@ class KernelDevice:
 
     def take_over(self, timeout_s: float, notice: Callable[[str], None]) -> None:
         """START_USER_RECOVERY: when it returns, every write of the dead daemon has landed."""
-        if (self._options.cache != "writethrough"
-                and not self.control.get_params(self.info.id).volatile_cache):
+        if self._options.cache != "writethrough" and not self._kept_params(timeout_s).volatile_cache:
             raise UbiError(
                 f"{self.info.disk_path} was made with --cache writethrough, and its users send no "
                 f"flush: it goes on with that, not with --cache {self._options.cache}",
@@ -212,12 +211,21 @@ class KernelDevice:
             else:
                 return
 
-    def geometry(self, name: str, size: int, block_size: int) -> tuple[int, int]:
+    def _kept_params(self, timeout_s: float) -> DeviceParams:
+        """Read the parameters of a disk whose daemon has died.
+
+        Linux 6.12 holds the device while it waits for the requests that the daemon had.
+        """
+        return self.control.get_params(self.info.id, timeout_s=max(timeout_s, DEFAULT_TIMEOUT_S))
+
+    def geometry(
+        self, name: str, size: int, block_size: int, timeout_s: float,
+    ) -> tuple[int, int]:
         """Give the size and the blocks of a disk that is taken over: what the kernel has of them.
 
         Raises UbiError where image and base, with their `size` and `block_size`, cannot have that.
         """
-        params = self.control.get_params(self.info.id)
+        params = self._kept_params(timeout_s)
         kept = params.dev_sectors * SECTOR
         if kept > size or params.logical_block_size < block_size:
             raise UbiError(

@@ -146,7 +146,7 @@ class Session(TableHost):
         self._open_files()
         if taken_over:
             self.size, self.block_size = self.device.geometry(
-                self.claim.name, self.size, self.block_size,
+                self.claim.name, self.size, self.block_size, options.fence_timeout_s,
             )
         self._open_base()
         control.spare()
