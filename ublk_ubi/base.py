@@ -95,7 +95,10 @@ class Base(msgspec.Struct):
         return fds
 
     def grow(self, size: int) -> None:
-        """Make a file this large, in bytes; the new part reads zero. Raises UbiError."""
+        """Make a file this large, in bytes; the new part reads zero. It is not durable yet.
+
+        Raises UbiError.
+        """
         if self.is_block:
             raise UbiError(
                 f"base {shown(self.path)} is a block device of {size_text(size_of(self.fd))}, "
@@ -103,7 +106,6 @@ class Base(msgspec.Struct):
             )
         try:
             os.ftruncate(self.fd, size)
-            os.fsync(self.fd)
         except OSError as error:
             raise UbiError(
                 f"base {shown(self.path)} cannot be grown to {size_text(size)}: {error.strerror}",

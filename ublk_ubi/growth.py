@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from ublk_ubi import zeroing
@@ -28,6 +27,8 @@ def prepare(session: Session, size: int | None, *, keep_old_data: bool) -> int:
             f"{max(size // blocks, 1) * blocks}",
             Exit.USAGE,
         )
+    if session.plane.latch:
+        raise UbiError(f"{session.claim.name} cannot grow: {session.degraded()}", Exit.DEGRADED)
     try:
         if size is not None and METADATA_SIZE + size > size_of(base.fd):
             base.grow(METADATA_SIZE + size)
@@ -43,13 +44,28 @@ def prepare(session: Session, size: int | None, *, keep_old_data: bool) -> int:
         if wanted > session.size and base.is_block and not keep_old_data:
             start = METADATA_SIZE + session.size
             zeroing.zero(base.fd, start, wanted - session.size, is_block=True)
-            os.fsync(base.fd)  # a guest's flush need not do so: it knows of guests' writes alone
     except OSError as error:
         raise UbiError(
             f"base {shown(base.path)}: its new part cannot be zeroed: {error.strerror}; "
             "--keep-old-data leaves it as it is",
         ) from None
+    if wanted > session.size:
+        _record(session, wanted)
     return wanted
+
+
+def _record(session: Session, size: int) -> None:
+    """Have the base say how large its disk is, once the new part is durable as it shall be read.
+
+    A guest's flush makes what guests have written durable, and nothing else.
+    """
+    try:
+        session.opener.grow(session, size)
+    except OSError as error:
+        raise UbiError(
+            f"base {shown(session.base.path)}: the disk's new size cannot be recorded: "
+            f"{error.strerror}; check its disk (see `dmesg`)",
+        ) from None
 
 
 def take(session: Session, size: int) -> None:

@@ -64,6 +64,7 @@ class Inspection:
     hydrated_past_image: int | None = None
     data_offset: int | None = None
     data_size: int | None = None
+    disk_size: int | None = None
     first_hydrated_stripe: int | None = None
     first_hydrated_offset: int | None = None
 
@@ -179,6 +180,7 @@ def _inspect_ours(found: Metadata, extension: Extension, common: dict[str, Any])
         uuid=uuid_text(extension.uuid),
         generation=extension.generation,
         block_size=extension.block_size,
+        disk_size=extension.disk_size,
         boot_id=boot_id,
         this_boot=this_boot,
         open=extension.is_open,

@@ -184,7 +184,8 @@ class KernelDevice:
 
     def take_over(self, timeout_s: float, notice: Callable[[str], None]) -> None:
         """START_USER_RECOVERY: when it returns, every write of the dead daemon has landed."""
-        if self._options.cache != "writethrough" and not self._kept_params(timeout_s).volatile_cache:
+        if (self._options.cache != "writethrough"
+                and not self._kept_params(timeout_s).volatile_cache):
             raise UbiError(
                 f"{self.info.disk_path} was made with --cache writethrough, and its users send no "
                 f"flush: it goes on with that, not with --cache {self._options.cache}",

@@ -33,7 +33,7 @@ VERSION_CLOSED = (0, 1)
 VERSION_OPEN = (0, 2)
 
 _CRC_OFFSET = 12
-_SLOT = struct.Struct("<8sIIQQQIIQ32s16sQ16sI")
+_SLOT = struct.Struct("<8sIIQQQIIQ32s16sQ16sI4xQ")
 
 
 def _crc_table() -> tuple[int, ...]:
@@ -64,6 +64,7 @@ class Extension(msgspec.Struct, frozen=True):
     generation: int
     boot_id: bytes
     block_size: int | None
+    disk_size: int | None
 
     @property
     def image_stripes(self) -> int:
@@ -169,7 +170,7 @@ def parse_slot(data: bytes, offset: int = 0) -> Slot:
     if not any(data):
         return Slot(offset, None, "")
     (magic, version, crc, sequence, incompat, compat, stripe_size, flags, image_size,
-     fingerprint, uuid, generation, boot_id, block_size) = _SLOT.unpack_from(data)
+     fingerprint, uuid, generation, boot_id, block_size, disk_size) = _SLOT.unpack_from(data)
     problem = ""
     if magic != SLOT_MAGIC:
         problem = "damaged: not an extension's magic"
@@ -200,6 +201,7 @@ def parse_slot(data: bytes, offset: int = 0) -> Slot:
         generation=generation,
         boot_id=boot_id,
         block_size=block_size or None,
+        disk_size=disk_size or None,
     )
     return Slot(offset, extension, "")
 

@@ -41,6 +41,7 @@ from ublk_ubi.cpus import usable_cpus
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.faults import Faults, errors_of
 from ublk_ubi.files import direct_alignment, shown, size_text
+from ublk_ubi.geometry import keep_blocks, keep_size
 from ublk_ubi.hydration import Hydration, as_told
 from ublk_ubi.image import FINGERPRINT_SIZE, Image, fingerprint, open_image
 from ublk_ubi.kernel_device import SECTOR, START_TIMEOUT_S, KernelDevice
@@ -265,6 +266,7 @@ class Session(TableHost):
             force_stale=self.options.force_stale,
             no_image=self.image is None,
             image_lost=bool(self._last and self._last.image_problem),
+            device_bytes=self.size,
         )
         try:
             self.opener.open(self)
@@ -380,7 +382,7 @@ class Session(TableHost):
         """Everything is checked; take the device id, the last thing that can be refused."""
         if opener.creating:
             new_base.check_tail(self.base, opener, self.options)
-        self._keep_blocks(opener.block_bytes)
+        self._keep_geometry(opener)
         if self.device.recovered:
             self.device.take_over(self.options.fence_timeout_s, self._notice)
             return
@@ -398,25 +400,17 @@ class Session(TableHost):
             alignment=max(self.base.alignment, self.image.alignment if self.image else 1),
         )
 
-    def _keep_blocks(self, recorded: int) -> None:
-        """Give a disk the blocks that it was made with: partition tables count in them.
-
-        An explicit --block-size has the last word.
-        """
-        if recorded in (0, self.block_size) or self.options.block_size is not None:
-            return
-        what = f"base {shown(self.base.path)}"
-        if recorded not in (512, 4096):
-            raise UbiError(f"{what} records blocks of {recorded} bytes: upgrade ublk-ubi")
-        if recorded < self.block_size:
-            raise UbiError(
-                f"{what} was made with blocks of {recorded} bytes, and image or base now take "
-                f"{self.block_size} at least: put it where it was, or give --block-size "
-                f"{self.block_size} if it holds no partition table",
-            )
+    def _keep_geometry(self, opener: Opener) -> None:
+        """Give a disk the blocks and the size that it had; one that is taken over has them."""
+        blocks = keep_blocks(
+            self.base, opener.block_bytes, self.block_size, self.options.block_size,
+        )
         if not self.device.recovered:
-            self.block_size = recorded
-            self.size = self.size // recorded * recorded
+            recorded = opener.recorded_device_bytes // blocks * blocks
+            self.block_size, self.size = blocks, self.size // blocks * blocks
+            self.size, warning = keep_size(self.base, recorded, self.size, self.options.size)
+            self.warnings += [warning] if warning else []
+        opener.set_device_bytes(self.size)
 
     def zero_tail(self, opener: Opener) -> None:
         """Nobody may read through a new disk what was on this base before."""
@@ -510,6 +504,7 @@ class Session(TableHost):
         return problem
 
     def _close_files(self) -> None:
+        self.opener.let_go()
         if self.table is not None:
             self.table.close()
         self.base.close()

@@ -91,6 +91,16 @@ class Table:
         _lock_memory(self.latch_address - LATCH_OFFSET, len(self._map))
         self.rows = memoryview(self._map)[HEADER_BYTES:]
 
+    @property
+    def latched(self) -> int:
+        """Give the errno of the first failed fdatasync, or 0."""
+        return ctypes.c_uint32.from_address(self.latch_address).value
+
+    def latch(self, number: int) -> None:
+        """Note that an fdatasync of the base failed with errno `number`, unless one did before."""
+        if not self.latched:
+            ctypes.c_uint32.from_address(self.latch_address).value = number
+
     def close(self) -> None:
         """Let go of the lock; the memory stays mapped as long as the data plane points into it."""
         if self._fd >= 0:
@@ -190,10 +200,13 @@ class TableHost:
         return self.table
 
     def latch_table(self, uuid: bytes, number: int) -> None:
-        """Note in the table found that an fdatasync of its base failed with errno `number`.
+        """Note in the table that an fdatasync of its base failed with errno `number`.
 
-        Raises OSError.
+        It is the one that was found, or ours, which all threads look at. Raises OSError.
         """
+        if self.table is not None:
+            self.table.latch(number)
+            return
         fd = os.open(self._path(uuid), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

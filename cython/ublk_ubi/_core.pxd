@@ -56,6 +56,7 @@ cdef enum EventKind:
     EVENT_HYDRATE = 7              # hydrator: op 1: copy all of the image, 0: pause
     EVENT_BUDGET = 8               # hydrator: offset: bytes that it may still copy unasked
     EVENT_ROUND = 9                # hydrator: the round that is due may begin
+    EVENT_GROW = 10                # lifecycle: offset: the disk's new size, bytes
 
 cdef enum Operation:               # as ublk numbers them
     OP_READ = 0

@@ -8,6 +8,7 @@
     dropping   (a table that is not gone on with) slot (not open) → fdatasync → remove the table
     new        table under a temporary name → page 0 (minor 2) and slot (open, generation + 1)
                → fdatasync → rename the table
+    growing    fdatasync → slot (the new size) → fdatasync
     closing    slot (not open) → fdatasync → page 0 (minor 1) → fdatasync → unlink the table
 
 Invariants
@@ -22,6 +23,8 @@ Invariants
 - Whoever finds the base open in this boot without its very table refuses: acknowledged writes may
   be known to that table alone.
 - Without an image only a base opens whose headers say that it has every stripe.
+- A slot names no size before what the disk has grown by is durable as it shall be read. A size that
+  could not be made durable is not the disk's; a failed fdatasync is final here, too.
 
 Who opens, what is found
 
@@ -77,6 +80,10 @@ cdef enum Phase:
     PHASE_OPEN_SYNC
     PHASE_PUBLISH
     PHASE_OPEN
+    PHASE_GROW_FIRST_SYNC
+    PHASE_GROW_SLOT
+    PHASE_GROW_SYNC
+    PHASE_GROW_LATCH
     PHASE_CLOSE_SLOT
     PHASE_CLOSE_SLOT_SYNC
     PHASE_CLOSE_HEAD
@@ -96,7 +103,7 @@ cdef enum HostCall:
     HOST_MAP_TABLE = 7             # take over the table found; set `table`
     HOST_PUBLISH_TABLE = 8         # rename it
     HOST_UNLINK_TABLE = 9          # the base is closed
-    HOST_LATCH_TABLE = 10          # `errno_` into the latch of the table found, unless it has one
+    HOST_LATCH_TABLE = 10          # `errno_` into the table's latch, unless it has one
 
 cdef enum TableState:
     TABLE_NONE = 0
@@ -149,6 +156,7 @@ cdef struct LifecycleOptions:
     uint32_t stripe_bytes          # 0: as recorded, or the default
     uint32_t default_stripe_bytes
     uint32_t block_bytes           # recorded where none is yet; the caller judges the recorded one
+    uint64_t device_bytes          # recorded; until BEFORE_WRITE is done the caller may change it
     bint format
     bint adopt
     bint force
@@ -171,6 +179,7 @@ cdef struct Lifecycle:
     uint32_t image_stripes
     uint32_t page_count            # pages that hold headers of the image's stripes
     uint64_t position              # of a scan, in bytes
+    uint64_t grown_from            # bytes
     uint8_t slot_index             # where `slot` was found or written; the other is next
     uint8_t phase
     uint8_t refusal
@@ -181,8 +190,9 @@ cdef struct Lifecycle:
 
 cdef void lifecycle_init(Lifecycle* lifecycle, const LifecycleOptions* options, uint8_t* pages,
                          uint8_t* scratch) noexcept nogil
-# EVENT_START opens, EVENT_STOP closes, EVENT_DONE goes on. Emits one action, or none at the end:
-# the phase is then OPEN, CLOSED or FAILED.
+# EVENT_START opens, EVENT_STOP closes, EVENT_GROW records another size, EVENT_DONE goes on. Emits
+# one action, or none at the end: the phase is then OPEN, CLOSED or FAILED. After EVENT_GROW it is
+# OPEN, and `errno_` tells why the disk has not grown, if so.
 cdef void lifecycle_step(Lifecycle* lifecycle, const Event* event, Actions* actions) noexcept nogil
 # After OPEN: state bytes and the count of undurable stripes, from header bits and table.
 cdef void lifecycle_states(Lifecycle* lifecycle, Shared* shared) noexcept nogil

@@ -6,7 +6,7 @@ from libc.string cimport memcmp, memcpy, memset
 from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport (
     ACT_HOST, ACT_READ_BASE, ACT_SYNC_BASE, ACT_WRITE_BASE, DATA_OFFSET, DURABLE, EVENT_DONE,
-    EVENT_START, EVENT_STOP, MAX_STRIPES, MEM_PAGE, MEM_SCRATCH, PAGE, PRESENT, Action,
+    EVENT_GROW, EVENT_START, EVENT_STOP, MAX_STRIPES, MEM_PAGE, MEM_SCRATCH, PAGE, PRESENT, Action,
     Actions, Event, Shared, emit,
 )
 from ublk_ubi._format cimport (
@@ -101,6 +101,7 @@ cdef void plan_new(Lifecycle* lifecycle, uint32_t stripe_bytes) noexcept nogil:
     memset(&lifecycle.slot, 0, sizeof(Slot))
     lifecycle.slot.stripe_bytes = stripe_bytes
     lifecycle.slot.block_bytes = lifecycle.options.block_bytes
+    lifecycle.slot.device_bytes = lifecycle.options.device_bytes
     lifecycle.slot.image_bytes = lifecycle.options.image_bytes
     memcpy(lifecycle.slot.fingerprint, lifecycle.options.fingerprint, 32)
     memcpy(lifecycle.slot.uuid, lifecycle.options.new_uuid, 16)
@@ -223,7 +224,11 @@ cdef void check_recorded(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
             and not options.force):
         refuse(lifecycle, REFUSE_FINGERPRINT)
     elif set_geometry(lifecycle, lifecycle.slot.stripe_bytes):
-        read_pages(lifecycle, actions)
+        if (lifecycle.slot.device_bytes != 0 and lifecycle.slot.device_bytes
+                < <uint64_t>lifecycle.image_stripes * lifecycle.stripe_bytes):
+            refuse(lifecycle, REFUSE_DAMAGED)
+        else:
+            read_pages(lifecycle, actions)
 
 
 cdef void read_pages(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
@@ -326,6 +331,7 @@ cdef void plan_generation(Lifecycle* lifecycle, Actions* actions) noexcept nogil
     memcpy(lifecycle.slot.boot_id, lifecycle.options.boot_id, 16)
     if lifecycle.slot.block_bytes == 0:
         lifecycle.slot.block_bytes = lifecycle.options.block_bytes
+    lifecycle.slot.device_bytes = lifecycle.options.device_bytes
     lifecycle.slot.generation += 1
     lifecycle.slot.flags |= FLAG_OPEN
     describe(lifecycle, &lifecycle.identity)
@@ -507,6 +513,29 @@ cdef void after_open(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
             lifecycle.phase = PHASE_OPEN
 
 
+cdef void after_grow(Lifecycle* lifecycle, int32_t result, Actions* actions) noexcept nogil:
+    """A step that fails leaves the slot before, or the new one: the base fits both."""
+    cdef uint8_t phase = lifecycle.phase
+    if phase == PHASE_GROW_LATCH:
+        lifecycle.phase = PHASE_OPEN
+    elif result < 0:
+        if phase != PHASE_GROW_FIRST_SYNC:
+            lifecycle.slot_index ^= 1
+            lifecycle.slot.sequence -= 1
+        lifecycle.slot.device_bytes = lifecycle.grown_from
+        if phase == PHASE_GROW_SLOT:
+            lifecycle.phase = PHASE_OPEN
+        else:
+            host(lifecycle, PHASE_GROW_LATCH, HOST_LATCH_TABLE, actions)
+    elif phase == PHASE_GROW_FIRST_SYNC:
+        write_slot(lifecycle, PHASE_GROW_SLOT, actions)
+    elif phase == PHASE_GROW_SLOT:
+        sync(lifecycle, PHASE_GROW_SYNC, actions)
+    else:
+        ensure(phase == PHASE_GROW_SYNC, b"a phase of growing")
+        lifecycle.phase = PHASE_OPEN
+
+
 cdef void after_close(Lifecycle* lifecycle, Actions* actions) noexcept nogil:
     cdef uint8_t phase = lifecycle.phase
     if phase == PHASE_CLOSE_SLOT:
@@ -528,7 +557,9 @@ cdef void on_done(Lifecycle* lifecycle, const Event* event, Actions* actions) no
            b"an action ends only while it runs")
     if event.result < 0:
         lifecycle.errno_ = -event.result
-    if event.result < 0 and phase != PHASE_FIRST_SYNC:
+    if PHASE_GROW_FIRST_SYNC <= phase <= PHASE_GROW_LATCH:
+        after_grow(lifecycle, event.result, actions)
+    elif event.result < 0 and phase != PHASE_FIRST_SYNC:
         refuse(lifecycle, REFUSE_IO)
     elif phase == PHASE_FIRST_SYNC:
         # Failed or not: if it failed, the table must learn of it (decide).
@@ -558,6 +589,12 @@ cdef void lifecycle_step(Lifecycle* lifecycle, const Event* event, Actions* acti
         ensure(lifecycle.phase == PHASE_OPEN, b"only an open base is closed")
         lifecycle.slot.flags &= ~<uint32_t>FLAG_OPEN
         write_slot(lifecycle, PHASE_CLOSE_SLOT, actions)
+    elif event.kind == EVENT_GROW:
+        ensure(lifecycle.phase == PHASE_OPEN, b"only an open base grows")
+        lifecycle.errno_ = 0
+        lifecycle.grown_from = lifecycle.slot.device_bytes
+        lifecycle.slot.device_bytes = event.offset
+        sync(lifecycle, PHASE_GROW_FIRST_SYNC, actions)
     else:
-        ensure(event.kind == EVENT_DONE, b"a lifecycle knows START, STOP and completions")
+        ensure(event.kind == EVENT_DONE, b"a lifecycle knows START, STOP, GROW and completions")
         on_done(lifecycle, event, actions)

@@ -12,5 +12,6 @@ cdef class Opener:
     cdef object table              # what the host mapped; keeps lifecycle.table alive
     cdef readonly int base_fd
     cdef readonly int sync_fd
-    cdef run(self, object host, int event_kind)
+    cdef object lock
+    cdef run(self, object host, int event_kind, uint64_t device_bytes=*)
     cdef void call_host(self, object host, int call) except *

@@ -7,12 +7,14 @@ from libc.errno cimport EIO
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
+import errno
 import os
+import threading
 
 from ublk_ubi._atomic cimport ensure
 from ublk_ubi._core cimport (
-    ACT_HOST, EVENT_DONE, EVENT_START, EVENT_STOP, MEM_PAGE, MEM_SCRATCH, PAGE, Action, Actions,
-    Event,
+    ACT_HOST, ACT_SYNC_BASE, EVENT_DONE, EVENT_GROW, EVENT_START, EVENT_STOP, MEM_PAGE, MEM_SCRATCH,
+    PAGE, Action, Actions, Event,
 )
 from ublk_ubi._lifecycle cimport (
     HOST_BEFORE_WRITE, HOST_CREATED, HOST_DROP_TABLE, HOST_FIND_TABLE, HOST_LATCH_TABLE,
@@ -87,7 +89,8 @@ cdef class Opener:
     """One base, from open() to close().
 
     `base_fd` carries the lock and is what is written; `sync_fd` is another description of the same
-    file. Sizes are bytes. The descriptors stay the caller's.
+    file. Sizes are bytes. The descriptors stay the caller's. grow(), close() and let_go() may be
+    called by any thread: they wait for each other.
     """
 
     def __cinit__(self):
@@ -106,11 +109,13 @@ cdef class Opener:
     def __init__(self, *, int base_fd, int sync_fd, uint64_t base_bytes, uint64_t image_bytes,
                  identity, bytes fingerprint, bytes new_uuid, bytes boot_id, uint32_t stripe_bytes,
                  uint32_t default_stripe_bytes, uint32_t block_bytes, bint format, bint adopt,
-                 bint force, bint force_stale, bint no_image, bint image_lost=False):
+                 bint force, bint force_stale, bint no_image, bint image_lost=False,
+                 uint64_t device_bytes=0):
         cdef LifecycleOptions options
         if len(fingerprint) != 32 or len(new_uuid) != 16 or len(boot_id) != 16:
             raise ValueError("fingerprint has 32 bytes, UUID and boot id have 16")
         memset(&options, 0, sizeof(options))
+        self.lock = threading.Lock()
         self.base_fd = base_fd
         self.sync_fd = sync_fd
         options.base_bytes = base_bytes
@@ -122,6 +127,7 @@ cdef class Opener:
         options.stripe_bytes = stripe_bytes
         options.default_stripe_bytes = default_stripe_bytes
         options.block_bytes = block_bytes
+        options.device_bytes = device_bytes
         options.format = format
         options.adopt = adopt
         options.force = force
@@ -156,9 +162,27 @@ cdef class Opener:
 
     def close(self, host):
         """Mark the base closed. All must be committed. Raises OSError; the table then stays."""
-        self.run(host, EVENT_STOP)
+        with self.lock:
+            self.run(host, EVENT_STOP)
         if self.lifecycle.phase != PHASE_CLOSED:
             self.fail()
+
+    def grow(self, host, uint64_t device_bytes):
+        """Record the disk's new size, once all that was written of the base is durable.
+
+        Raises OSError; the size is then as it was. ESHUTDOWN: the base is open here no more.
+        """
+        with self.lock:
+            if self.lifecycle.phase != PHASE_OPEN:
+                raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
+            self.run(host, EVENT_GROW, device_bytes)
+            if self.lifecycle.errno_ != 0:
+                raise OSError(self.lifecycle.errno_, os.strerror(self.lifecycle.errno_))
+
+    def let_go(self):
+        """Write nothing more: another daemon may have the base next. It is not marked closed."""
+        with self.lock:
+            self.lifecycle.phase = PHASE_CLOSED
 
     def fail(self):
         """Raise what ended the engine."""
@@ -166,7 +190,7 @@ cdef class Opener:
             raise OSError(self.lifecycle.errno_, os.strerror(self.lifecycle.errno_))
         raise Refused(REFUSALS[self.lifecycle.refusal], self)
 
-    cdef run(self, object host, int event_kind):
+    cdef run(self, object host, int event_kind, uint64_t device_bytes=0):
         """Step until the engine asks for nothing more."""
         cdef Ring ring
         cdef Op op
@@ -192,6 +216,7 @@ cdef class Opener:
             actions.capacity = 1
             memset(&event, 0, sizeof(event))
             event.kind = event_kind
+            event.offset = device_bytes
             while True:
                 actions.count = 0
                 lifecycle_step(&self.lifecycle, &event, &actions)
@@ -204,6 +229,9 @@ cdef class Opener:
                 else:
                     with nogil:
                         event.result = run_action(&ring, &action)
+                    if event_kind == EVENT_GROW and action.kind == ACT_SYNC_BASE:
+                        if self.table.latched:
+                            event.result = -EIO  # what it did not see, another thread did
         finally:
             with nogil:
                 ring_exit(&ring)
@@ -264,6 +292,15 @@ cdef class Opener:
     @property
     def block_bytes(self):
         return self.lifecycle.slot.block_bytes
+
+    @property
+    def recorded_device_bytes(self):
+        """The disk's size as found, or as written last; 0: not recorded."""
+        return self.lifecycle.slot.device_bytes
+
+    def set_device_bytes(self, uint64_t device_bytes):
+        """Have this size recorded, if a slot is written; in before_write() at the latest."""
+        self.lifecycle.options.device_bytes = device_bytes
 
     @property
     def stripe_bytes(self):

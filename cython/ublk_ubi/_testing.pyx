@@ -86,7 +86,7 @@ cdef dict NAMES = {
     "EVENT_MESSAGE": _core.EVENT_MESSAGE, "EVENT_TICK": _core.EVENT_TICK,
     "EVENT_START": _core.EVENT_START, "EVENT_STOP": _core.EVENT_STOP,
     "EVENT_HYDRATE": _core.EVENT_HYDRATE, "EVENT_BUDGET": _core.EVENT_BUDGET,
-    "EVENT_ROUND": _core.EVENT_ROUND,
+    "EVENT_ROUND": _core.EVENT_ROUND, "EVENT_GROW": _core.EVENT_GROW,
     "BASE_SYNCING": _core.BASE_SYNCING, "BASE_CHANGED": _core.BASE_CHANGED,
     "BASE_SYNCED": _core.BASE_SYNCED,
     # operations
@@ -440,19 +440,17 @@ cdef class LifecycleSteps:
                   bytes boot_id=b"b" * 16, uint32_t stripe_bytes=0,
                   uint32_t default_stripe_bytes=1048576, uint32_t block_bytes=0,
                   bint format=False, bint adopt=False, bint force=False, bint force_stale=False,
-                  bint no_image=False, bint image_lost=False):
+                  bint no_image=False, bint image_lost=False, uint64_t device_bytes=0):
         cdef LifecycleOptions options
         memset(&options, 0, sizeof(options))
-        options.base_bytes = base_bytes
-        options.image_bytes = image_bytes
-        options.device = device
-        options.inode = inode
+        options.base_bytes, options.image_bytes = base_bytes, image_bytes
+        options.device, options.inode = device, inode
         memcpy(options.fingerprint, <const uint8_t*>fingerprint, 32)
         memcpy(options.new_uuid, <const uint8_t*>new_uuid, 16)
         memcpy(options.boot_id, <const uint8_t*>boot_id, 16)
         options.stripe_bytes = stripe_bytes
         options.default_stripe_bytes = default_stripe_bytes
-        options.block_bytes = block_bytes
+        options.block_bytes, options.device_bytes = block_bytes, device_bytes
         options.format = format
         options.adopt = adopt
         options.force = force
@@ -463,7 +461,7 @@ cdef class LifecycleSteps:
         lifecycle_init(&self.lifecycle, &options, <uint8_t*><bytearray>self.pages,
                        <uint8_t*><bytearray>self.scratch)
 
-    def step(self, int kind, int result=0):
+    def step(self, int kind, int result=0, uint64_t offset=0):
         """One step; returns the one action, or None at the end."""
         cdef Event event
         cdef Action action
@@ -471,6 +469,7 @@ cdef class LifecycleSteps:
         memset(&event, 0, sizeof(event))
         event.kind = kind
         event.result = result
+        event.offset = offset
         actions.items = &action
         actions.count = 0
         actions.capacity = 1

@@ -1,4 +1,4 @@
-"""Disks that grow: on a block device, on a kernel that cannot, with an image that is cut short.
+"""Disks that grow, and bases that do or shrink: on a kernel that cannot, on a disk that fails.
 
 Growing under load is the matter of test_recovery.py, being killed amid it of
 test_killed_commands.py.
@@ -6,6 +6,7 @@ test_killed_commands.py.
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING
 import pytest
 from support.background import Background
 from support.direct import block_size
-from support.guest import BLOCK, read, write
+from support.guest import BLOCK, fails, flush, read, write
 from support.mapper import delayed_writes
 from support.ondisk import DATA_OFFSET
+from support.served import FLUSH, serve
 from support.shell import until
 from support.variant import Variant
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from support.images import Image
     from support.mapper import Mapped, Mapper
     from support.stores import Stores
+    from support.undo import Undo
 
 MIB = 1 << 20
 STRIPE = 64 << 10
@@ -103,6 +106,80 @@ def test_where_the_kernel_cannot_it_grows_when_it_is_added_next(
     assert block_size(device.node) == 2 * SIZE
     assert read(device, 0) == b"a" * BLOCK
     assert read(device, SIZE, SIZE) == bytes(SIZE)
+
+
+def test_a_volume_that_grew_while_nobody_had_it_keeps_its_disk_as_it_was(
+    ubi: Ubi, volume: Mapped, make_image: Callable[..., Image],
+) -> None:
+    """However it comes back: what is new holds what somebody wrote there, until it is zeroed."""
+    image = make_image(SIZE)
+    device = ubi.add(image, volume.path, stripe_size=STRIPE)
+    write(device, SIZE - BLOCK, b"a" * BLOCK)
+    device.stop()
+    volume.linear()
+    refused = ubi.refused(image, volume.path, code=2, size=2 * SIZE)
+    assert f"has a disk of {SIZE} bytes" in refused
+    device.start()
+    assert ["until `ublk-ubi resize`" in warning for warning in device.warnings] == [True]
+    assert block_size(device.node) == device.status()["size"] == SIZE
+    device.kill()
+    device.start()
+    assert block_size(device.node) == SIZE
+    assert ubi.command("resize", device.name).code == 0
+    assert read(device, SIZE, SIZE) == bytes(SIZE)
+    write(device, 2 * SIZE - BLOCK, b"e" * BLOCK)
+    device.kill()  # what is not committed is in the table alone, the size on the base
+    device.start()
+    assert block_size(device.node) == 2 * SIZE
+    assert read(device, SIZE - BLOCK) == b"a" * BLOCK
+    device.reopen()
+    assert device.warnings == []
+    assert read(device, 2 * SIZE - BLOCK) == b"e" * BLOCK
+
+
+def test_a_base_that_shrank_is_refused(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],
+) -> None:
+    """A filesystem that finds a part of its disk gone is better not mounted, nor repaired."""
+    image, base = make_image(SIZE), make_base(SIZE)
+    device = ubi.add(image, base, stripe_size=STRIPE)
+    write(device, 0, b"a" * BLOCK)
+    assert ubi.command("resize", device.name, 2 * SIZE).code == 0
+    device.stop()
+    os.truncate(base, DATA_OFFSET + SIZE + STRIPE)
+    refused = ubi.refused(image, base, code=1)
+    assert f"give --size {SIZE + STRIPE} to do without the rest" in refused
+    device.start(size=SIZE + STRIPE)
+    assert block_size(device.node) == SIZE + STRIPE
+    device.reopen(size=None)
+    assert block_size(device.node) == SIZE + STRIPE
+    assert read(device, 0) == b"a" * BLOCK
+
+
+def test_a_size_that_cannot_be_made_durable_is_not_the_disks(
+    ubi: Ubi, undo: Undo, mapper: Mapper, make_image: Callable[..., Image],
+) -> None:
+    """The fdatasync that fails is everybody's: no flush succeeds from then on."""
+    below = serve(undo, DATA_OFFSET + 2 * SIZE)
+    volume = mapper.map(below.path)
+    volume.table(f"0 {(DATA_OFFSET + SIZE) // 512} linear {below.path} 0")
+    device = ubi.add(make_image(SIZE), volume.path, stripe_size=STRIPE)
+    volume.linear()
+    below.fail(lambda request: request.kind == FLUSH)
+    failed = ubi.command("resize", device.name)
+    below.heal()
+    assert (failed.code, failed.stderr.count("\n")) == (1, 1), failed
+    assert "the disk's new size cannot be recorded" in failed.stderr
+    assert os.strerror(errno.EIO) in failed.stderr
+    assert block_size(device.node) == SIZE
+    assert fails(flush, device)
+    refused = ubi.command("resize", device.name)
+    assert (refused.code, "cannot grow" in refused.stderr) == (3, True), refused
+    assert ubi.command("del", device.name).code == 3
+    device.live = False
+    device.start(force_stale=True)
+    assert block_size(device.node) == SIZE
+    device.stop()
 
 
 def test_an_image_that_is_cut_short_does_not_matter(

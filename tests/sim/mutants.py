@@ -374,8 +374,8 @@ BASES = (
                    "        write_head(lifecycle, PHASE_FIRST_HEAD, VERSION_CLOSED, actions)\n"))),
     Mutant("torn extension: one slot for all writes",
            "torn by a power loss, it leaves nothing to open by",
-           (Change(LIFECYCLE, "    lifecycle.slot_index ^= 1\n",
-                   "    lifecycle.slot_index = 0\n"),)),
+           (Change(LIFECYCLE, "    lifecycle.slot_index ^= 1\n    lifecycle.slot.sequence += 1\n",
+                   "    lifecycle.slot_index = 0\n    lifecycle.slot.sequence += 1\n"),)),
     Mutant("torn extension: checksum not looked at",
            "half of an old slot and half of a new one are believed",
            (Change(FORMAT, " or slot.crc32c != slot_crc(slot)", ""),)),
@@ -409,6 +409,19 @@ BASES = (
            (Change(LIFECYCLE,
                    "    cdef bint here = memcmp(lifecycle.slot.boot_id, lifecycle.options.boot_id, 16)"  # noqa: E501
                    " == 0\n", "    cdef bint here = True\n"),)),
+    Mutant("a disk has grown before its size is durable",
+           "a power loss takes the end of the disk",
+           (Change(LIFECYCLE, "        sync(lifecycle, PHASE_GROW_SYNC, actions)\n",
+                   "        lifecycle.phase = PHASE_OPEN\n"),)),
+    Mutant("a disk's size forgotten when it is closed",
+           "the slot of a closed disk says what it was when it was opened",
+           (Change(LIFECYCLE, "    if event.kind == EVENT_START:\n",
+                   "    if event.kind == EVENT_STOP:\n"
+                   "        lifecycle.slot.device_bytes = lifecycle.options.device_bytes\n"
+                   "    if event.kind == EVENT_START:\n"),)),
+    Mutant("a disk grows over a failed fdatasync",
+           "flushes succeed though the device did not keep what was written",
+           (Change(LIFECYCLE, "        if phase == PHASE_GROW_SLOT:\n", "        if True:\n"),)),
 )
 
 # -- the world around the engines --------------------------------------------------------------

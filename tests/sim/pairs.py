@@ -51,8 +51,8 @@ PHASES = (
     "LATCH_TABLE", "BEFORE_WRITE", "ERASE", "ERASE_SYNC", "ZERO_TAIL", "ZERO", "ZERO_SYNC",
     "FIRST_SLOT", "FIRST_SLOT_SYNC", "FIRST_HEAD", "FIRST_HEAD_SYNC", "CREATED", "RETIRE",
     "RETIRE_SYNC", "DROP_TABLE", "MAKE_TABLE", "MAP_TABLE", "OPEN_HEAD", "OPEN_SLOT", "OPEN_SYNC",
-    "PUBLISH", "OPEN", "CLOSE_SLOT", "CLOSE_SLOT_SYNC", "CLOSE_HEAD", "CLOSE_HEAD_SYNC", "UNLINK",
-    "CLOSED", "FAILED",
+    "PUBLISH", "OPEN", "GROW_FIRST_SYNC", "GROW_SLOT", "GROW_SYNC", "GROW_LATCH", "CLOSE_SLOT",
+    "CLOSE_SLOT_SYNC", "CLOSE_HEAD", "CLOSE_HEAD_SYNC", "UNLINK", "CLOSED", "FAILED",
 )
 BASES = ("closed", "open here", "open elsewhere")
 REFUSALS = (
@@ -115,14 +115,14 @@ GRIDS = (
     # Queues run from when it is live until before it is stopped; a hint may still lie in its mail.
     Grid("the hydrator", 480, ("NEW", "STARTING", "RUNNING", "STOPPING", "STOPPED"),
          ("-", "request", "done", "message", "tick", "start", "stop", "hydrate", "budget",
-          "round"), {
+          "round", "grow"), {
              "NEW": "start", "STARTING": "done, tick",
              "RUNNING": "done, message, tick, stop, hydrate, budget, round",
              "STOPPING": "done, message, tick, hydrate, budget",
          }),
     Grid("the lifecycle", 320, PHASES, ("well", "failed"), {
         # An error after a failed first fdatasync: docs/durability.md, what is not promised.
-        phase: "well" if phase in ("NEW", "OPEN", "LATCH_TABLE") else "*"
+        phase: "well" if phase in ("NEW", "OPEN", "LATCH_TABLE", "GROW_LATCH") else "*"
         for phase in PHASES[:-2]
     }),
     Grid("an opening", 400, BASES,

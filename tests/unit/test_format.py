@@ -16,9 +16,10 @@ KIB = 1 << 10
 FINGERPRINT = bytes(range(32))
 UUID = bytes(range(100, 116))
 BOOT_ID = bytes(range(200, 216))
+DEVICE_BYTES = 4 * MIB - 4096
 OPTIONS = {
     "fingerprint": FINGERPRINT, "new_uuid": UUID, "boot_id": BOOT_ID, "stripe_bytes": 256 * KIB,
-    "image_bytes": 3 * MIB + 512, "block_bytes": 4096,
+    "image_bytes": 3 * MIB + 512, "block_bytes": 4096, "device_bytes": DEVICE_BYTES,
 }
 
 
@@ -101,7 +102,8 @@ def test_every_field_of_a_new_open_disk() -> None:
     common = {
         "magic": b"UBLKUBIX", "version": 1, "feature_incompat": 0, "feature_compat": 0,
         "stripe_bytes": 256 * KIB, "image_bytes": 3 * MIB + 512, "fingerprint": FINGERPRINT,
-        "uuid": UUID, "block_bytes": 4096, "rest": bytes(380), "crc_fits": True,
+        "uuid": UUID, "block_bytes": 4096, "zero": 0, "device_bytes": DEVICE_BYTES,
+        "rest": bytes(368), "crc_fits": True,
     }
     assert second._asdict() == common | {
         "crc32c": second.crc32c, "sequence": 2, "flags": 1, "generation": 1, "boot_id": BOOT_ID}
@@ -160,7 +162,7 @@ def test_slots_made_by_the_other_parser_are_read_by_the_engine() -> None:
     (bytes(512), t.SLOT_ZERO),
     (ubiformat.build_slot(), t.SLOT_VALID),
     (ubiformat.build_slot(flags=0xFFFF_FFFF, feature_compat=(1 << 64) - 1), t.SLOT_VALID),
-    (ubiformat.build_slot(rest=b"r" * 380, block_bytes=(1 << 32) - 1), t.SLOT_VALID),
+    (ubiformat.build_slot(rest=b"r" * 368, block_bytes=(1 << 32) - 1), t.SLOT_VALID),
     (ubiformat.build_slot(crc32c=1), t.SLOT_DAMAGED),
     (ubiformat.build_slot(magic=b"UBLKUBIY"), t.SLOT_DAMAGED),
     (ubiformat.build_slot(magic=bytes(8)), t.SLOT_DAMAGED),
@@ -200,7 +202,7 @@ def test_inspect_reads_what_the_engine_wrote(is_open: bool) -> None:
         version=1, sequence=slot.sequence, feature_incompat=0, feature_compat=0,
         stripe_size=256 * KIB, is_open=is_open, image_size=3 * MIB + 512,
         fingerprint=FINGERPRINT, uuid=UUID, generation=1, boot_id=slot.boot_id,
-        block_size=4096,
+        block_size=4096, disk_size=DEVICE_BYTES,
     )
     assert extension.image_stripes == 13
     assert found.hydrated() == 2

@@ -21,6 +21,19 @@ if TYPE_CHECKING:
 SIZE = 1 << 20
 
 
+class Opener:
+    """What the base says of its disk's size."""
+
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.error: OSError | None = None
+
+    def grow(self, _session: object, size: int) -> None:
+        if self.error is not None:
+            raise self.error
+        self.recorded = size
+
+
 @pytest.fixture
 def session(tmp_path: Path) -> Iterator[Any]:
     """A disk of SIZE in blocks of 4096 on a file."""
@@ -32,6 +45,7 @@ def session(tmp_path: Path) -> Iterator[Any]:
     ) as base:
         yield SimpleNamespace(
             base=base, block_size=4096, size=SIZE, claim=SimpleNamespace(name="vm1"),
+            plane=SimpleNamespace(latch=0), opener=Opener(), degraded=lambda: "an fdatasync failed",
         )
 
 
@@ -48,6 +62,7 @@ def test_a_size_of_no_whole_blocks_leaves_the_base_alone(
 def test_a_file_is_grown(session: Any) -> None:
     assert growth.prepare(session, 2 * SIZE, keep_old_data=False) == 2 * SIZE
     assert os.fstat(session.base.fd).st_size == METADATA_SIZE + 2 * SIZE
+    assert session.opener.recorded == 2 * SIZE
     assert growth.prepare(session, None, keep_old_data=False) == 2 * SIZE
 
 
@@ -69,12 +84,31 @@ def test_what_cannot_be_zeroed_is_told(session: Any, monkeypatch: pytest.MonkeyP
     assert growth.prepare(session, None, keep_old_data=True) == 2 * SIZE
 
 
-def test_what_is_zeroed_is_durable(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A guest's flush covers what guests have written, and need not sync for more."""
-    done: list[str] = []
+def test_a_size_is_recorded_once_the_new_part_is_zero(
+    session: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That it is durable by then is the opener's matter."""
+    done: list[object] = []
     session.base.is_block = True
     session.size -= 4096
     monkeypatch.setattr(growth.zeroing, "zero", lambda *_, **__: done.append("zeroed"))
-    monkeypatch.setattr(os, "fsync", lambda _fd: done.append("synced"))
+    monkeypatch.setattr(session.opener, "grow", lambda _session, size: done.append(size))
     assert growth.prepare(session, None, keep_old_data=False) == SIZE
-    assert done == ["zeroed", "synced"]
+    assert done == ["zeroed", SIZE]
+    session.size = SIZE
+    assert growth.prepare(session, None, keep_old_data=False) == SIZE
+    assert done == ["zeroed", SIZE]
+
+
+def test_a_size_that_cannot_be_recorded(session: Any) -> None:
+    session.opener.error = OSError(errno.EIO, os.strerror(errno.EIO))
+    with pytest.raises(UbiError, match="new size cannot be recorded: Input/output error; check"):
+        growth.prepare(session, 2 * SIZE, keep_old_data=False)
+
+
+def test_a_disk_that_cannot_make_anything_durable_does_not_grow(session: Any) -> None:
+    session.plane.latch = errno.EIO
+    with pytest.raises(UbiError, match="vm1 cannot grow: an fdatasync failed") as error:
+        growth.prepare(session, 2 * SIZE, keep_old_data=False)
+    assert error.value.code == Exit.DEGRADED
+    assert os.fstat(session.base.fd).st_size == METADATA_SIZE + SIZE

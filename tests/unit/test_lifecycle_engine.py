@@ -15,6 +15,7 @@ from enginekit.forked import broken_invariant
 from enginekit.scenes import (
     ELSEWHERE,
     HERE,
+    OPENINGS,
     SCENES,
     STRIPES,
     UUID,
@@ -563,7 +564,7 @@ def test_adopting_what_is_ours_is_opening_it() -> None:
 # -- errors ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCENES)
+@pytest.mark.parametrize("name", [*OPENINGS, "closing"])
 def test_an_error_of_any_action_ends_it_there(name: str) -> None:
     whole = played(SCENES[name])
     assert whole.steps.phase in (t.PHASE_OPEN, t.PHASE_CLOSED)
@@ -576,7 +577,7 @@ def test_an_error_of_any_action_ends_it_there(name: str) -> None:
         assert opening.steps.errno_ == errno.ENOLINK
 
 
-@pytest.mark.parametrize("name", [name for name in SCENES if name != "closing"])
+@pytest.mark.parametrize("name", OPENINGS)
 def test_a_first_fdatasync_that_fails_changes_nothing_but_a_latch(name: str) -> None:
     """What a killed daemon wrote may be lost, and only its table knows what that was."""
     opening = played(SCENES[name], fail_at=0, error=errno.ENOLINK)
@@ -603,7 +604,7 @@ def test_a_first_fdatasync_that_fails_hides_no_other_refusal() -> None:
         assert REFUSALS[opening.steps.refusal] == f"REFUSE_{name}"
 
 
-@pytest.mark.parametrize("name", [name for name in SCENES if name != "closing"])
+@pytest.mark.parametrize("name", OPENINGS)
 def test_nothing_is_written_before_all_is_judged(name: str) -> None:
     trace = played(SCENES[name]).trace
     judged = trace.index("host before_write")
@@ -626,20 +627,22 @@ def test_tables_change_only_around_what_the_base_says(name: str) -> None:
 STEPS = {
     "START": lambda o: o.steps.step(t.EVENT_START),
     "STOP": lambda o: o.steps.step(t.EVENT_STOP),
+    "GROW": lambda o: o.steps.step(t.EVENT_GROW),
     "done": lambda o: o.steps.step(t.EVENT_DONE),
     "failed": lambda o: o.steps.step(t.EVENT_DONE, -5),
     "tick": lambda o: o.steps.step(t.EVENT_TICK),
 }
 ONCE = "an action ends only while it runs"
 OPENED_ONCE, CLOSED_ONCE = "a base is opened once", "only an open base is closed"
+SHUT = {"STOP": CLOSED_ONCE, "GROW": "only an open base grows"}
 
 
 @pytest.mark.parametrize(("state", "invariants"), [
-    ("new", {"STOP": CLOSED_ONCE, "done": ONCE, "failed": ONCE}),
-    ("reading", {"START": OPENED_ONCE, "STOP": CLOSED_ONCE}),
+    ("new", {**SHUT, "done": ONCE, "failed": ONCE}),
+    ("reading", {"START": OPENED_ONCE, **SHUT}),
     ("open", {"START": OPENED_ONCE, "done": ONCE, "failed": ONCE}),
-    ("closed", {"START": OPENED_ONCE, "STOP": CLOSED_ONCE, "done": ONCE, "failed": ONCE}),
-    ("refused", {"START": OPENED_ONCE, "STOP": CLOSED_ONCE, "done": ONCE, "failed": ONCE}),
+    ("closed", {"START": OPENED_ONCE, **SHUT, "done": ONCE, "failed": ONCE}),
+    ("refused", {"START": OPENED_ONCE, **SHUT, "done": ONCE, "failed": ONCE}),
 ])
 def test_what_must_not_happen_ends_the_process(state: str, invariants: dict) -> None:
     disk, tables = made()
@@ -650,7 +653,7 @@ def test_what_must_not_happen_ends_the_process(state: str, invariants: dict) -> 
     if state == "closed":
         opening.run(t.EVENT_STOP)
     said = {name: broken_invariant(lambda name=name: STEPS[name](opening)) for name in STEPS}
-    tick = "a lifecycle knows START, STOP and completions"
+    tick = "a lifecycle knows START, STOP, GROW and completions"
     assert said == dict.fromkeys(STEPS) | invariants | {"tick": tick}
 
 

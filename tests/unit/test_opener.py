@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from typing import TYPE_CHECKING
@@ -47,7 +48,8 @@ class Disk:
             base_fd=self.fd, sync_fd=self.fd, base_bytes=METADATA + SIZE, image_bytes=SIZE,
             identity=(1, os.fstat(self.fd).st_ino), fingerprint=bytes(32), new_uuid=os.urandom(16),
             boot_id=boot_id(), stripe_bytes=0, default_stripe_bytes=64 << 10, block_bytes=512,
-            format=False, adopt=False, force=False, force_stale=False, no_image=False,
+            device_bytes=SIZE, format=False, adopt=False, force=False, force_stale=False,
+            no_image=False,
         )
 
     def open(self) -> None:
@@ -58,14 +60,18 @@ class Disk:
         self.host.table.close()
 
     @property
-    def says_open(self) -> tuple[bool, bool]:
-        """What the extension says, and what bdev_ubi would see."""
+    def slot(self) -> ubiformat.Slot:
+        """The slot that counts."""
         slots = [
             ubiformat.parse_slot(os.pread(self.fd, ubiformat.SLOT_BYTES, at))
             for at in ubiformat.SLOT_OFFSETS
         ]
-        newest = max(slots, key=lambda slot: slot.sequence)
-        return newest.is_open, ubiformat.parse_head(os.pread(self.fd, 4096, 0)).minor == 2
+        return max(slots, key=lambda slot: slot.sequence)
+
+    @property
+    def says_open(self) -> tuple[bool, bool]:
+        """What the extension says, and what bdev_ubi would see."""
+        return self.slot.is_open, ubiformat.parse_head(os.pread(self.fd, 4096, 0)).minor == 2
 
 
 @pytest.fixture
@@ -105,3 +111,44 @@ def test_a_copy_that_another_opener_overtakes_is_closed_again(
     assert again.says_open == (True, True)
     again.end()
     assert os.listdir(tmp_path / "tables") == []
+
+
+def test_a_size_is_recorded_while_the_base_is_open(disk: Callable[[str], Disk]) -> None:
+    new = disk("base")
+    new.open()
+    assert new.opener.recorded_device_bytes == new.slot.device_bytes == SIZE
+    new.opener.grow(new.host, 2 * SIZE)
+    assert new.opener.recorded_device_bytes == new.slot.device_bytes == 2 * SIZE
+    new.end()
+    assert new.slot.device_bytes == 2 * SIZE
+    with pytest.raises(OSError, match="shutdown"):
+        new.opener.grow(new.host, 3 * SIZE)
+    assert new.slot.device_bytes == 2 * SIZE
+
+
+def test_who_has_let_go_of_a_base_writes_nothing_more(disk: Callable[[str], Disk]) -> None:
+    """Its next daemon may have it by then."""
+    new = disk("base")
+    new.open()
+    new.opener.let_go()
+    before = new.slot
+    with pytest.raises(OSError, match="shutdown"):
+        new.opener.grow(new.host, 2 * SIZE)
+    assert new.slot == before
+    assert new.says_open == (True, True)
+    new.host.table.close()
+
+
+def test_a_failed_fdatasync_of_another_thread_is_a_growths_as_well(
+    disk: Callable[[str], Disk],
+) -> None:
+    """It may have had the only report of what was lost."""
+    new = disk("base")
+    new.open()
+    new.host.latch_table(new.opener.uuid, errno.ENOSPC)
+    before = new.slot
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        new.opener.grow(new.host, 2 * SIZE)
+    assert new.slot == before
+    assert new.host.table.latched == errno.ENOSPC
+    new.end()

@@ -33,8 +33,9 @@ def test_an_id_that_the_kernel_gave_out_is_taken_back() -> None:
     session = Session.__new__(Session)
     session.options = DeviceOptions(image="/i", base="/b")
     session.places = places_of(session.options)
-    session.block_size = 512
-    session.base = SimpleNamespace(identity=(False, 1, 2))
+    session.block_size, session.size = 512, 1 << 20
+    session.warnings = []
+    session.base = SimpleNamespace(identity=(False, 1, 2), is_block=False, path="/b")
     session.claim = SimpleNamespace(write_state=lambda _state: None)
     session._undo = contextlib.ExitStack()
     session.device = KernelDevice(
@@ -44,7 +45,8 @@ def test_an_id_that_the_kernel_gave_out_is_taken_back() -> None:
         ),
         session.options,
     )
-    opener = SimpleNamespace(creating=False, stripe_bytes=1 << 20, block_bytes=0)
+    opener = SimpleNamespace(creating=False, stripe_bytes=1 << 20, block_bytes=0,
+                             recorded_device_bytes=0, set_device_bytes=lambda _size: None)
     before = signal.signal(signal.SIGTERM, end)
     try:
         with pytest.raises(Ended):

@@ -49,6 +49,8 @@ def _render(found: Inspection) -> None:
             _line("stripe size", format_size(found.stripe_size))
         if found.block_size is not None:
             _line("block size", str(found.block_size))
+        if found.disk_size is not None:
+            _line("disk size", f"{found.disk_size} bytes ({human_size(found.disk_size)})")
         _line("data", _data(found))
         for number, slot in enumerate(found.slots):
             words = f"valid, sequence {slot.sequence}" if slot.valid else slot.problem

@@ -77,7 +77,7 @@ cdef enum:
     ON_ROUND_LATCHED = 11
 
     # A lifecycle's phase (rows: Phase) and how its action ended (columns: well, or not).
-    AT_PHASE = 320                 # 36 × 2
+    AT_PHASE = 320                 # 40 × 2
 
     # Opening a disk of ours: closed, open here, open elsewhere (rows), the table found (columns).
     AT_TABLE = 400                 # 3 × 7
@@ -99,7 +99,7 @@ cdef enum:
     AT_LOST = 460                  # 3 × 5
 
     # The hydrator's life (rows: Life) and an event's kind (columns: EventKind).
-    AT_LIFE = 480                  # 5 × 10
+    AT_LIFE = 480                  # 5 × 11
 
 cdef void cover_queue(World* world, uint16_t queue, const Event* event) noexcept nogil
 cdef void cover_hydrator(World* world, const Event* event) noexcept nogil

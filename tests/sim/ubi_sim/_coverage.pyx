@@ -167,7 +167,7 @@ cdef void cover_hydrator(World* world, const Event* event) noexcept nogil:
     if world.coverage == NULL:
         return
     latched = world.engines.shared.latch[0] != 0
-    cover(world, AT_LIFE + hydrator.life * 10 + event.kind)
+    cover(world, AT_LIFE + hydrator.life * 11 + event.kind)
     if event.kind == EVENT_MESSAGE:
         cover_message(world, event, latched)
     elif event.kind == EVENT_DONE:

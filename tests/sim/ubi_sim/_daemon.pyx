@@ -1,15 +1,16 @@
-"""Opening, stopping, killing; see _daemon.pxd."""
+"""Opening, growing, stopping, killing; see _daemon.pxd."""
 
+from libc.errno cimport EIO
 from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memset
 
 from ublk_ubi._core cimport (
     ACT_DISCARD_BASE, ACT_HOST, ACT_SYNC_BASE, ACT_WRITE_BASE, ACT_ZERO_BASE, EVENT_DONE,
-    EVENT_START, EVENT_STOP, MEM_PAGE, MEM_REQUEST, MEM_STRIPE, Action, Actions, Event,
+    EVENT_GROW, EVENT_START, EVENT_STOP, MEM_PAGE, MEM_REQUEST, MEM_STRIPE, Action, Actions, Event,
 )
 from ublk_ubi._lifecycle cimport (
-    PHASE_CLOSED, PHASE_FAILED, PHASE_OPEN, REFUSE_DAMAGED, REFUSE_FOREIGN, REFUSE_IO,
-    REFUSE_NOTHING, LifecycleOptions, lifecycle_init, lifecycle_step,
+    PHASE_CLOSED, PHASE_FAILED, PHASE_GROW_LATCH, PHASE_OPEN, REFUSE_DAMAGED, REFUSE_FOREIGN,
+    REFUSE_IO, REFUSE_NOTHING, LifecycleOptions, lifecycle_init, lifecycle_step,
 )
 from ubi_sim._coverage cimport cover_lifecycle
 from ubi_sim._disk cimport disk_evict, disk_forget, disk_land, disk_synced
@@ -18,9 +19,9 @@ from ubi_sim._host cimport expected_refusal, host_call, host_options
 from ubi_sim._io cimport host_fault, io_attempt, io_land_discard, io_submit
 from ubi_sim._machine cimport machine_boot, machine_hydrator_event, machine_start_engines
 from ubi_sim._model cimport (
-    BUG_CLOSE_EARLY, BUG_NO_FENCE_GUEST, BUG_NO_FENCE_PAGE, BUG_NO_FENCE_STRIPE, HANG, MAX_IO,
-    NOT_KEPT, NOT_REFUSED, NOT_STARTED, OWNER_LIFECYCLE, OWNER_NOBODY, REFUSED, WHOLE, Io, World,
-    below, boundary, halted, here, next_random, violate,
+    BUG_CLOSE_EARLY, BUG_NO_FENCE_GUEST, BUG_NO_FENCE_PAGE, BUG_NO_FENCE_STRIPE, CELL_BYTES, HANG,
+    MAX_IO, NOT_KEPT, NOT_REFUSED, NOT_STARTED, OWNER_LIFECYCLE, OWNER_NOBODY, REFUSED, WHOLE, Io,
+    World, below, boundary, halted, here, next_random, violate,
 )
 from ubi_sim._oracle cimport oracle_clean_stop, oracle_fault, oracle_power_loss
 from ubi_sim._trace cimport trace_host, trace_number, trace_text
@@ -29,8 +30,9 @@ from ubi_sim._trace cimport trace_host, trace_number, trace_text
 # -- the lifecycle engine ------------------------------------------------------------------------
 
 cdef int32_t call_host(World* world, uint8_t call) noexcept nogil:
-    """The host's answer; a call that fails has done nothing."""
-    cdef int32_t fault = host_fault(world)
+    """The host's answer; a call that fails has done nothing. A table that is mapped is memory."""
+    cdef bint sure = world.engines.lifecycle.phase == PHASE_GROW_LATCH
+    cdef int32_t fault = 0 if sure else host_fault(world)
     if world.trace != NULL:
         trace_host(world, call)
     if fault < 0:
@@ -39,7 +41,7 @@ cdef int32_t call_host(World* world, uint8_t call) noexcept nogil:
     return host_call(world, call)
 
 
-cdef void run_lifecycle(World* world, uint8_t kind) noexcept nogil:
+cdef void run_lifecycle(World* world, uint8_t kind, uint64_t size=0) noexcept nogil:
     """Step the engine to its end, or until a crash; each action is followed by a boundary."""
     cdef Action action
     cdef Actions actions
@@ -47,6 +49,7 @@ cdef void run_lifecycle(World* world, uint8_t kind) noexcept nogil:
     cdef int index
     memset(&event, 0, sizeof(event))
     event.kind = kind
+    event.offset = size
     actions.items = &action
     actions.capacity = 1
     while True:
@@ -70,6 +73,8 @@ cdef void run_lifecycle(World* world, uint8_t kind) noexcept nogil:
                 boundary(world)
                 if halted(world):
                     return
+            if kind == EVENT_GROW and action.kind == ACT_SYNC_BASE and here(world).table.latch:
+                event.result = -EIO
         boundary(world)
         if halted(world):
             return
@@ -191,6 +196,28 @@ cdef bint daemon_up(World* world) noexcept nogil:
     here(world).wiped = 0
     world.served = 1
     return True
+
+
+# -- growing -------------------------------------------------------------------------------------
+
+cdef void daemon_grow(World* world) noexcept nogil:
+    """Who is told that it has, is told the truth; who is not, may find it grown or not."""
+    cdef uint64_t began
+    if halted(world) or here(world).table.latch:
+        return
+    if world.trace != NULL:
+        trace_text(world, b"the disk grows")
+    world.oracle.clock += 1
+    began = world.oracle.clock
+    world.grown_at_most += CELL_BYTES
+    run_lifecycle(world, EVENT_GROW, world.grown_at_most)
+    if halted(world):
+        return
+    world.accepted = 0
+    if world.engines.lifecycle.errno_ == 0:
+        world.grown = world.grown_at_most
+    elif world.oracle.fault_clock < began and not here(world).table.latch:
+        violate(world, REFUSED, world.engines.lifecycle.phase, 400, 0, 0)
 
 
 # -- stopping ------------------------------------------------------------------------------------

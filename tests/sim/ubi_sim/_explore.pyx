@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcpy, memset
 
 from ublk_ubi._lifecycle cimport SCRATCH_BYTES
-from ubi_sim._daemon cimport daemon_killed, daemon_stop, daemon_up
+from ubi_sim._daemon cimport daemon_grow, daemon_killed, daemon_stop, daemon_up
 from ubi_sim._disk cimport (
     disk_cache_hash, disk_evict, disk_hash, disk_pending, disk_power_loss, disk_synced,
 )
@@ -13,8 +13,8 @@ from ubi_sim._host cimport host_boot
 from ubi_sim._mistakes cimport make_mistake
 from ubi_sim._model cimport (
     ADOPTED_BYTE, CRASH_MOVE, CRASH_POWER, CRASH_PROCESS, CRASH_RUN_LOST, FINE, HOSTS, NOT_KEPT,
-    WITH_ADOPTION, WITH_CHAINS, WITH_MISTAKES, WITH_MOVES, WITH_OPENING, WITH_REISSUE, World, below,
-    halted, has, here, next_random, one_in, violate,
+    WITH_ADOPTION, WITH_CHAINS, WITH_GROWTH, WITH_MISTAKES, WITH_MOVES, WITH_OPENING, WITH_REISSUE,
+    World, below, halted, has, here, next_random, one_in, violate,
 )
 from ubi_sim._oracle cimport oracle_power_loss, oracle_process_crash
 from ubi_sim._trace cimport trace_number, trace_text, trace_world
@@ -144,6 +144,8 @@ cdef void go_on(World* world) noexcept nogil:
     """More requests, then a clean stop, then maybe another opening."""
     world.requests_left += 2 + below(world, 6)
     serve(world)
+    if has(world, WITH_GROWTH):
+        daemon_grow(world)
     answer_all(world)
     if one_in(world, 2):
         settle(world)
@@ -308,6 +310,8 @@ cdef void explore_seed(Explorer* explorer, uint64_t seed) noexcept nogil:
     if daemon_up(world):
         explorer.exploring = 1
         serve(world)
+        if has(world, WITH_GROWTH):
+            daemon_grow(world)
         answer_all(world)
         if one_in(world, 2):
             settle(world)

@@ -5,6 +5,7 @@ from libc.stdint cimport int32_t, uint16_t, uint32_t, uint64_t, uint8_t
 from libc.string cimport memcmp, memset
 
 from ublk_ubi._atomic cimport ensure
+from ublk_ubi._core cimport DATA_OFFSET
 from ublk_ubi._format cimport FLAG_OPEN, SLOT_VALID, SLOT_ZERO, Slot, slot_check
 from ublk_ubi._lifecycle cimport (
     HOST_BEFORE_WRITE, HOST_CREATED, HOST_DROP_TABLE, HOST_FIND_TABLE, HOST_LATCH_TABLE,
@@ -14,8 +15,8 @@ from ublk_ubi._lifecycle cimport (
 )
 from ubi_sim._disk cimport disk_land, disk_write
 from ubi_sim._model cimport (
-    BUG_LATCH_FORGOTTEN, BUG_TABLE_FORGOTTEN, CELLS, CELL_BYTES, LOG_DATA, SLOT_SECTOR,
-    STRIPE_BYTES, WHOLE, WITH_ADOPTION, WITH_STALE_BASE, Host, Table, World, has, here,
+    BUG_LATCH_FORGOTTEN, BUG_TABLE_FORGOTTEN, CELLS, CELL_BYTES, LOG_DATA, NOT_KEPT, SLOT_SECTOR,
+    STRIPE_BYTES, WHOLE, WITH_ADOPTION, WITH_STALE_BASE, Host, Table, World, has, here, violate,
 )
 
 
@@ -111,6 +112,7 @@ cdef void host_options(World* world, LifecycleOptions* options) noexcept nogil:
     memset(options.new_uuid, world.uuids, 16)
     memset(options.boot_id, here(world).boot, 16)
     options.default_stripe_bytes = STRIPE_BYTES
+    options.device_bytes = options.base_bytes - DATA_OFFSET
     options.format = has(world, WITH_STALE_BASE) and not has_magic(world)
     options.adopt = has(world, WITH_ADOPTION)
 
@@ -184,6 +186,20 @@ cdef void zero_tail(World* world) noexcept nogil:
                       WHOLE)
 
 
+cdef void keep_size(World* world, Lifecycle* lifecycle) noexcept nogil:
+    """A disk has the size that it had: what was promised, or what was asked for since."""
+    cdef uint64_t found = lifecycle.slot.device_bytes
+    if lifecycle.creating or lifecycle.adopting:
+        world.grown = found
+        world.grown_at_most = found
+    elif not world.grown <= found <= world.grown_at_most:
+        violate(world, NOT_KEPT, <uint32_t>world.grown, <uint32_t>found,
+                <uint32_t>world.grown_at_most, 0)
+    else:
+        world.grown = found
+    lifecycle.options.device_bytes = found
+
+
 cdef int32_t host_call(World* world, uint8_t call) noexcept nogil:
     cdef Lifecycle* lifecycle = &world.engines.lifecycle
     if call == HOST_FIND_TABLE:
@@ -202,6 +218,8 @@ cdef int32_t host_call(World* world, uint8_t call) noexcept nogil:
         here(world).table.latch = <uint32_t>lifecycle.errno_
     elif call == HOST_ZERO_TAIL:
         zero_tail(world)
+    elif call == HOST_BEFORE_WRITE:
+        keep_size(world, lifecycle)
     else:
-        ensure(call == HOST_BEFORE_WRITE or call == HOST_CREATED, b"a host call is one of HostCall")
+        ensure(call == HOST_CREATED, b"a host call is one of HostCall")
     return 0

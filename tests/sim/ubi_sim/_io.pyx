@@ -12,7 +12,7 @@ from ublk_ubi._core cimport (
 )
 from ublk_ubi._format cimport SLOT_OFFSET, all_zero
 from ublk_ubi._hydrator cimport ROUND_IDLE, ROUND_WRITE_PAGES
-from ublk_ubi._lifecycle cimport SCRATCH_BYTES
+from ublk_ubi._lifecycle cimport PHASE_GROW_FIRST_SYNC, PHASE_GROW_SYNC, SCRATCH_BYTES
 from ubi_sim._disk cimport (
     disk_dsync, disk_forget, disk_has_room, disk_land, disk_land_part, disk_sync_failed,
     disk_synced, disk_write,
@@ -291,6 +291,7 @@ cdef void end_discard(World* world, const Io* io, int32_t fault) noexcept nogil:
 
 cdef int32_t end_sync(World* world, Io* io, int32_t fault) noexcept nogil:
     cdef int file_ = io.owner
+    cdef uint8_t phase = world.engines.lifecycle.phase
     if world.disk.error_pending[file_]:
         world.disk.error_pending[file_] = 0
         return -EIO
@@ -299,9 +300,10 @@ cdef int32_t end_sync(World* world, Io* io, int32_t fault) noexcept nogil:
         return 0
     disk_sync_failed(world, io.sync_order, file_)
     if file_ == OWNER_LIFECYCLE:
-        # No device is live; who opens or closes is told, and it is for him to go on.
+        # Who opens or closes is told, and it is for him to go on. Where a disk grows, the latch
+        # comes next.
         world.accepted = 1
-    else:
+    if file_ != OWNER_LIFECYCLE or phase == PHASE_GROW_FIRST_SYNC or phase == PHASE_GROW_SYNC:
         oracle_sync_failed(world)
     return fault
 

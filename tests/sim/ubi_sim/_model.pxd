@@ -100,7 +100,8 @@ cdef enum Feature:
     WITH_UNSAFE = 1 << 19
     WITH_HYDRATION = 1 << 20       # in the background, on and off
     WITH_IMAGE_LOST = 1 << 21      # the image changes under a daemon; the next finds it as it was
-    ALL_FEATURES = (1 << 22) - 1
+    WITH_GROWTH = 1 << 22          # of the disk, while requests are under way
+    ALL_FEATURES = (1 << 23) - 1
 
 cdef enum Crash:
     CRASH_PROCESS = 1
@@ -305,6 +306,8 @@ cdef struct World:
     uint32_t requests_drawn
     uint32_t budget                # events until it is a hang
     uint32_t steps
+    uint64_t grown                 # size of the disk that was promised to be kept, bytes
+    uint64_t grown_at_most         # … that was asked for
     uint8_t host                   # index of the one that has the base
     uint8_t boots
     uint8_t uuids                  # given out to new disks

@@ -7,10 +7,10 @@ from ublk_ubi._core cimport ACT_READ_BASE, ACT_READ_IMAGE, ACT_SYNC_BASE, ACT_WR
 from ubi_sim._model cimport (
     ADOPTED_BYTE, ALL_FEATURES, CELLS, CHUNKS, HOT, HOT_CELLS, MAX_DEPTH, META_BYTES, STALE_VALUE,
     STRIPE_BYTES, WITH_ADOPTION, WITH_CHAINS, WITH_COPY_ON_READ, WITH_FAULTS, WITH_HOLES,
-    WITH_HYDRATION, WITH_IMAGE_LOST, WITH_MISTAKES, WITH_MOVES, WITH_OPENING, WITH_OVERLAPS,
-    WITH_PARTIAL_IMAGE, WITH_REISSUE, WITH_STALE_BASE, WITH_SYNC_FAULTS, WITH_TAIL, WITH_TORN_SLOTS,
-    WITH_TWO_PAGES, WITH_TWO_QUEUES, WITH_UNSAFE, WITH_WRITETHROUGH, WITH_ZEROING, Disk, Geometry,
-    World, below, has, one_in,
+    WITH_GROWTH, WITH_HYDRATION, WITH_IMAGE_LOST, WITH_MISTAKES, WITH_MOVES, WITH_OPENING,
+    WITH_OVERLAPS, WITH_PARTIAL_IMAGE, WITH_REISSUE, WITH_STALE_BASE, WITH_SYNC_FAULTS, WITH_TAIL,
+    WITH_TORN_SLOTS, WITH_TWO_PAGES, WITH_TWO_QUEUES, WITH_UNSAFE, WITH_WRITETHROUGH, WITH_ZEROING,
+    Disk, Geometry, World, below, has, one_in,
 )
 from ubi_sim._oracle cimport oracle_first_value, oracle_init
 
@@ -44,6 +44,7 @@ cdef uint32_t draw_features(World* world) noexcept nogil:
     features |= draw(world, WITH_UNSAFE, 12)
     features |= draw(world, WITH_HYDRATION, 4)
     features |= draw(world, WITH_IMAGE_LOST, 6)
+    features |= draw(world, WITH_GROWTH, 3)
     if features & WITH_TWO_PAGES:
         # Only few of these stripes are modelled.
         features &= ~<uint32_t>WITH_HYDRATION

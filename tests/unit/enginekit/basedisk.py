@@ -161,14 +161,14 @@ class Opening:
         self.trace: list[str] = []
         self.rows: bytearray | None = None
 
-    def run(self, kind: int, *, fail_at: int | None = None, error: int = 0,
+    def run(self, kind: int, *, fail_at: int | None = None, error: int = 0, offset: int = 0,
             stop_at: int | None = None, before: Callable[[], None] | None = None) -> list[str]:
         """Do what the engine asks for until it asks for nothing; return what this was.
 
         The action number `fail_at` fails with -`error`; the process dies before number `stop_at`.
         """
         first = len(self.trace)
-        action = self.steps.step(kind)
+        action = self.steps.step(kind, offset=offset)
         while action is not None and len(self.trace) - first != stop_at:
             if before is not None:
                 before()

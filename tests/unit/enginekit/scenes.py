@@ -52,7 +52,7 @@ def bdev_ubi_disk(stripe_byte: int, minor: int = 1) -> Disk:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A way to open or close, and what it starts from."""
+    """A way to open, grow or close, and what it starts from."""
 
     make: Callable[[], tuple[Disk, Tables]]
     options: dict
@@ -107,8 +107,11 @@ SCENES = {
     "forcing": Scene(foreign_bit, {"force_stale": True}, _states(None, 1, 3)),
     "adopting": Scene(lambda: (bdev_ubi_disk(0), Tables()),
                       {"adopt": True, "stripe_bytes": 1 << 20}, _states(None, 0, 2)),
+    "growing": Scene(lambda: made(1), {}, _states(None, 1), t.EVENT_GROW),
     "closing": Scene(lambda: made(1), {}, _states(None, 1), t.EVENT_STOP),
 }
+
+OPENINGS = [name for name, scene in SCENES.items() if scene.then == t.EVENT_START]
 
 
 @functools.cache
@@ -120,8 +123,8 @@ def played(scene: Scene, **how: int) -> Opening:
     """Play a scene's last act, as `how` says."""
     disk, tables = _made_once(scene)
     opening = Opening(disk.copy(), tables.copy(), **scene.options)
-    if scene.then == t.EVENT_STOP:
+    if scene.then != t.EVENT_START:
         opening.run(t.EVENT_START)
         opening.trace.clear()
-    opening.run(scene.then, **how)
+    opening.run(scene.then, offset=64 << 20 if scene.then == t.EVENT_GROW else 0, **how)
     return opening

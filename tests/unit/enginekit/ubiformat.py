@@ -28,7 +28,7 @@ FIELDS = {
     "feature_incompat": (24, 8), "feature_compat": (32, 8), "stripe_bytes": (40, 4),
     "flags": (44, 4), "image_bytes": (48, 8), "fingerprint": (56, 32), "uuid": (88, 16),
     "generation": (104, 8), "boot_id": (112, 16), "block_bytes": (128, 4),
-    "rest": (132, 380),
+    "zero": (132, 4), "device_bytes": (136, 8), "rest": (144, 368),
 }
 _RAW = {"magic", "fingerprint", "uuid", "boot_id", "rest"}
 
@@ -59,6 +59,8 @@ class Slot(NamedTuple):
     generation: int
     boot_id: bytes
     block_bytes: int
+    zero: int
+    device_bytes: int
     rest: bytes
     crc_fits: bool
 

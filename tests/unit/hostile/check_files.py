@@ -91,7 +91,7 @@ class Scene:
             image_bytes=asked.image_bytes, identity=(asked.device, asked.inode),
             fingerprint=asked.fingerprint, new_uuid=asked.new_uuid, boot_id=asked.boot_id,
             stripe_bytes=asked.stripe_bytes, default_stripe_bytes=asked.default_stripe_bytes,
-            block_bytes=asked.block_bytes,
+            block_bytes=asked.block_bytes, device_bytes=asked.device_bytes,
             format=asked.format, adopt=asked.adopt, force=asked.force,
             force_stale=asked.force_stale, no_image=asked.no_image,
         )

@@ -15,13 +15,13 @@ SLOTS = (5_242_880, 5_246_976)
 SLOT_MAGIC = b"UBLKUBIX"
 OPEN = 1
 
-_SLOT = struct.Struct("<8sIIQQQIIQ32s16sQ16sI380s")
+_SLOT = struct.Struct("<8sIIQQQIIQ32s16sQ16sIIQ368s")
 # Name: (offset in the slot, bytes).
 FIELDS = {
     "magic": (0, 8), "version": (8, 4), "crc": (12, 4), "sequence": (16, 8), "incompat": (24, 8),
     "compat": (32, 8), "stripe": (40, 4), "flags": (44, 4), "image": (48, 8),
     "fingerprint": (56, 32), "uuid": (88, 16), "generation": (104, 8), "boot": (112, 16),
-    "block": (128, 4), "rest": (132, 380),
+    "block": (128, 4), "zero": (132, 4), "device": (136, 8), "rest": (144, 368),
 }
 
 
@@ -42,7 +42,9 @@ class Slot(NamedTuple):
     generation: int = 0
     boot: bytes = bytes(16)
     block: int = 0
-    rest: bytes = bytes(380)
+    zero: int = 0
+    device: int = 0
+    rest: bytes = bytes(368)
 
     def sealed(self) -> bytes:
         """Its 512 bytes with a checksum that fits."""

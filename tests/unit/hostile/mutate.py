@@ -67,6 +67,7 @@ def sound(draw: st.DrawFn, kind: str) -> Case:
         base_bytes=layout.METADATA + stripes * stripe + draw(st.sampled_from([0, 512, 1 << 30])),
         image_bytes=image, default_stripe_bytes=stripe,
         block_bytes=draw(st.sampled_from([512, 4096])),
+        device_bytes=draw(st.sampled_from([0, stripes * stripe, 1 << 40])),
         adopt=kind == "bdev_ubi" and draw(st.sampled_from([True, True, True, False])),
         stripe_bytes=draw(st.sampled_from([0, 0, stripe])),
     )
@@ -76,6 +77,7 @@ def sound(draw: st.DrawFn, kind: str) -> Case:
         sequence=newest, stripe=stripe, image=image, fingerprint=asked.fingerprint, uuid=b"U" * 16,
         generation=draw(st.integers(1, 5)), boot=asked.boot_id,
         block=draw(st.sampled_from([0, 512, 4096])),
+        device=draw(st.sampled_from([0, stripes * stripe, asked.base_bytes, 1 << 62])),
     )
     if kind in ("open here", "open elsewhere"):
         boot = asked.boot_id if kind == "open here" else b"e" * 16

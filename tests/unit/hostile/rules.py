@@ -53,6 +53,7 @@ class Asked:
     stripe_bytes: int = 0
     default_stripe_bytes: int = 1 << 20
     block_bytes: int = 0
+    device_bytes: int = 0              # to be recorded
     format: bool = False
     adopt: bool = False
     force: bool = False
@@ -201,6 +202,8 @@ def _judge_recorded(
     if asked.fingerprint != slot.fingerprint and not asked.force:
         found.reasons.add("fingerprint")
     found.reasons |= geometry(slot.stripe, asked)
+    if 0 < slot.device < stripes_of(slot.image, max(slot.stripe, 1)) * slot.stripe:
+        found.reasons.add("damaged")   # no room for the image
     if asked.no_image and not found.refused:
         headers_ = headers(disk, stripes_of(slot.image, slot.stripe))
         if not all(headers_):
