@@ -13,5 +13,6 @@ cdef class Opener:
     cdef readonly int base_fd
     cdef readonly int sync_fd
     cdef object lock
+    cdef bint ended
     cdef run(self, object host, int event_kind, uint64_t device_bytes=*)
     cdef void call_host(self, object host, int call) except *

@@ -35,6 +35,8 @@ from ublk_ubi.table import Identity, TableState
 cdef enum:
     MAX_PAGES = 1025               # 14 + 2 × 2,097,152 bytes
 
+BEGIN_S = 1.0                      # within this a growth that has begun has opened its ring
+
 # By Refusal, as _lifecycle.pxd numbers them.
 REFUSALS = (
     "nothing", "io", "foreign", "version", "damaged", "newer", "adopt", "stripe_unknown",
@@ -116,6 +118,7 @@ cdef class Opener:
             raise ValueError("fingerprint has 32 bytes, UUID and boot id have 16")
         memset(&options, 0, sizeof(options))
         self.lock = threading.Lock()
+        self.ended = False
         self.base_fd = base_fd
         self.sync_fd = sync_fd
         options.base_bytes = base_bytes
@@ -173,16 +176,20 @@ cdef class Opener:
         Raises OSError; the size is then as it was. ESHUTDOWN: the base is open here no more.
         """
         with self.lock:
-            if self.lifecycle.phase != PHASE_OPEN:
+            if self.ended or self.lifecycle.phase != PHASE_OPEN:
                 raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
             self.run(host, EVENT_GROW, device_bytes)
             if self.lifecycle.errno_ != 0:
                 raise OSError(self.lifecycle.errno_, os.strerror(self.lifecycle.errno_))
 
     def let_go(self):
-        """Write nothing more: another daemon may have the base next. It is not marked closed."""
-        with self.lock:
-            self.lifecycle.phase = PHASE_CLOSED
+        """Begin nothing more: the descriptors are about to be closed. The base stays marked open.
+
+        A growth that waits for the disk is not waited for: its ring holds the fence.
+        """
+        self.ended = True
+        if self.lock.acquire(timeout=BEGIN_S):
+            self.lock.release()
 
     def fail(self):
         """Raise what ended the engine."""

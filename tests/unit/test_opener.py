@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
@@ -136,6 +137,34 @@ def test_who_has_let_go_of_a_base_writes_nothing_more(disk: Callable[[str], Disk
         new.opener.grow(new.host, 2 * SIZE)
     assert new.slot == before
     assert new.says_open == (True, True)
+    new.host.table.close()
+
+
+def test_a_growth_that_waits_holds_up_nobody_who_leaves(
+    disk: Callable[[str], Disk], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    new = disk("base")
+    new.open()
+    new.host.latch_table(new.opener.uuid, errno.EIO)
+    began, answers = threading.Event(), threading.Event()
+    monkeypatch.setattr(new.host, "latch_table", lambda *_: began.set() or answers.wait())
+    failed: list[int | None] = []
+
+    def grow() -> None:
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)) as caught:
+            new.opener.grow(new.host, 2 * SIZE)
+        failed.append(caught.value.errno)
+
+    growing = threading.Thread(target=grow)
+    growing.start()
+    began.wait()
+    new.opener.let_go()
+    assert growing.is_alive()
+    answers.set()
+    growing.join()
+    assert failed == [errno.EIO]
+    with pytest.raises(OSError, match="shutdown"):
+        new.opener.grow(new.host, 2 * SIZE)
     new.host.table.close()
 
 
