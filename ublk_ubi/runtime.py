@@ -163,6 +163,13 @@ class Claim:
             os.rmdir(self.name, dir_fd=self._root_fd)
         self.abandon()
 
+    def give_up(self) -> None:
+        """Leave the folder as it was found: with what a dead daemon left there, or not at all."""
+        if _exists(self.dir_fd, "state.json"):
+            self.abandon()
+        else:
+            self.release()
+
     def abandon(self) -> None:
         """Drop the lock and leave the folder as it is: the device shows as dead."""
         for fd in (self.lock_fd, self.dir_fd, self._root_fd):
@@ -458,10 +465,7 @@ def _try_claim(root_fd: int, name: str) -> Claim | None:
         try:
             found._write("pid", f"{os.getpid()}\n".encode())
         except OSError:
-            if _exists(found.dir_fd, "state.json"):
-                found.abandon()
-            else:
-                found.release()  # nothing but what was made here
+            found.give_up()
             raise
         return found
 

@@ -137,7 +137,7 @@ class Session(TableHost):
         try:
             self._meet_previous(recover=recover)
         except BaseException:
-            self.claim.abandon()  # what could not be cleared stays listed, as a dead device
+            self.claim.give_up()  # what could not be cleared stays listed, as a dead device
             raise
         taken_over = self.device.recovered
         self._last = self.claim.previous if taken_over else None

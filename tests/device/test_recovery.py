@@ -25,6 +25,11 @@ from support.served import ServedDisk, serve
 from support.shell import run, until
 from support.variant import Variant
 
+from ublk_ubi.errors import Exit, UbiError
+from ublk_ubi.launch import start_daemon
+from ublk_ubi.links import resolve
+from ublk_ubi.recovery import options_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -154,6 +159,19 @@ def test_without_recovery_there_is_nothing_to_recover(
     refused = ubi.command("recover", device.name)
     assert (refused.code, "--no-recovery" in refused.stderr) == (1, True)
     assert refused.stderr.count("\n") == 1
+
+
+def test_who_comes_to_recover_a_disk_that_has_gone_leaves_nothing(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],
+) -> None:
+    """A watch has seen its daemon die, and `del` is faster."""
+    device = ubi.add(make_image(SIZE), make_base(SIZE), recovery=True)
+    options = options_of(resolve(device.name))
+    device.stop()
+    with pytest.raises(UbiError, match=f"{device.name}: there is no disk to recover") as error:
+        start_daemon(options, recover=True)
+    assert error.value.code == Exit.NO_DEVICE
+    assert not (RUN_ROOT / device.name).exists()
 
 
 # -- the fence ----------------------------------------------------------------------------------

@@ -188,6 +188,18 @@ def test_release_leaves_nothing(root: Path) -> None:
     assert runtime.claim("vm").previous is None
 
 
+@pytest.mark.parametrize("state", [b"", b"{"], ids=["none", "some"])
+def test_who_gives_up_leaves_what_a_dead_daemon_left(root: Path, state: bytes) -> None:
+    """… whatever that is."""
+    runtime.claim("vm").abandon()
+    if state:
+        (root / "vm" / "state.json").write_bytes(state)
+    runtime.claim("vm").give_up()
+    assert (root / "vm").exists() == bool(state)
+    assert not state or (root / "vm" / "state.json").read_bytes() == state
+    runtime.claim("vm").release()
+
+
 def test_killed_holder_frees_the_name_and_leaves_its_state(holders) -> None:
     holder = holders("vm", "/b", "7")
     device = runtime.all_devices()[0]
