@@ -90,11 +90,14 @@ _HINTS = {
 # Who holds a late command up, and what to do; see ControlTimeout.
 _SERVER_HOLDS = "its server holds a request or the device; end the server (`del --force`)"
 _KERNEL_HOLDS = "the kernel holds it up: see dmesg, and `ublk-ubi doctor` for kernels known for it"
+_REQUESTS_WAIT = "a dead server's last requests have not ended, or " + _KERNEL_HOLDS
 _LATE_HINTS = {
     Command.STOP_DEV: _SERVER_HOLDS,
     Command.TRY_STOP_DEV: _SERVER_HOLDS,
     Command.DEL_DEV: _SERVER_HOLDS,
     Command.QUIESCE_DEV: _SERVER_HOLDS,
+    Command.GET_PARAMS: _REQUESTS_WAIT,
+    Command.START_USER_RECOVERY: _REQUESTS_WAIT,
     Command.START_DEV: "its server has not fetched every tag, or " + _KERNEL_HOLDS,
     Command.END_USER_RECOVERY: "its server has not fetched every tag, or " + _KERNEL_HOLDS,
 }

@@ -48,6 +48,7 @@ class KernelDevice:
         self.control = control
         self.features = control.get_features()
         self.cookie = int.from_bytes(os.urandom(8), "little")
+        self._kept: DeviceParams | None = None  # of a disk that is taken over
         self.recovered = False
         self.info: DevInfo
         self._options = options
@@ -184,8 +185,8 @@ class KernelDevice:
 
     def take_over(self, timeout_s: float, notice: Callable[[str], None]) -> None:
         """START_USER_RECOVERY: when it returns, every write of the dead daemon has landed."""
-        if (self._options.cache != "writethrough"
-                and not self._kept_params(timeout_s).volatile_cache):
+        params = self._kept or self._read_params(timeout_s)
+        if self._options.cache != "writethrough" and not params.volatile_cache:
             raise UbiError(
                 f"{self.info.disk_path} was made with --cache writethrough, and its users send no "
                 f"flush: it goes on with that, not with --cache {self._options.cache}",
@@ -194,7 +195,8 @@ class KernelDevice:
         told = False
         while True:
             try:
-                self.control.start_user_recovery(self.info.id)
+                left_s = max(deadline - time.monotonic(), DEFAULT_TIMEOUT_S)
+                self.control.start_user_recovery(self.info.id, timeout_s=left_s)
             except ControlError as error:
                 if error.errno != errno.EBUSY:
                     raise
@@ -212,12 +214,15 @@ class KernelDevice:
             else:
                 return
 
-    def _kept_params(self, timeout_s: float) -> DeviceParams:
+    def _read_params(self, timeout_s: float) -> DeviceParams:
         """Read the parameters of a disk whose daemon has died.
 
         Linux 6.12 holds the device while it waits for the requests that the daemon had.
         """
-        return self.control.get_params(self.info.id, timeout_s=max(timeout_s, DEFAULT_TIMEOUT_S))
+        self._kept = self.control.get_params(
+            self.info.id, timeout_s=max(timeout_s, DEFAULT_TIMEOUT_S),
+        )
+        return self._kept
 
     def geometry(
         self, name: str, size: int, block_size: int, timeout_s: float,
@@ -226,7 +231,7 @@ class KernelDevice:
 
         Raises UbiError where image and base, with their `size` and `block_size`, cannot have that.
         """
-        params = self._kept_params(timeout_s)
+        params = self._read_params(timeout_s)
         kept = params.dev_sectors * SECTOR
         if kept > size or params.logical_block_size < block_size:
             raise UbiError(
