@@ -193,8 +193,9 @@ def open_base(
 ) -> Base:
     """Open a base for writing, or make it, and wait until all earlier writes to it have landed.
 
-    `size` is the device's size that was asked for: a base that is there must have it. A missing
-    base is made with `size`, else `create_data_size`, bytes of data behind its 8 MiB of metadata.
+    `size` is the device's size that was asked for: a base that is there must have room for it. A
+    missing base is made with `size`, else `create_data_size`, bytes of data behind its 8 MiB of
+    metadata.
     `image` None is for a base that has all of its image: it must be there.
     `holder` names the live device that has the base of an identity: refused at once (BUSY).
     Otherwise a held base is waited for, `fence_timeout_s` seconds, then refused (TIMED_OUT);
@@ -545,7 +546,7 @@ def _check_block_size(base: Base, image: Image | None, size: int | None) -> None
 
 
 def _check_size(base: Base, image: Image | None, size: int | None, *, anew: bool) -> None:
-    """Refuse a base that is too small, or not of the size that was asked for."""
+    """Refuse a base that is too small; its metadata tell later whether it has the size asked."""
     if image is not None:
         try:
             refuse_too_small(
@@ -559,7 +560,7 @@ def _check_size(base: Base, image: Image | None, size: int | None, *, anew: bool
             f"base {shown(base.path)} of {size_text(base.size)} is no disk of ours: give --image "
             "to make one on a larger base",
         )
-    if size is not None and size != base.data_size:
+    if size is not None and size > base.data_size:
         raise UbiError(
             f"base {shown(base.path)} makes a disk of {size_text(base.data_size)}, --size asks "
             f"for {size_text(size)}: leave --size out, or name another base",

@@ -137,7 +137,9 @@ def _check_bounds(found: Inspection, stripes: _Stripes, result: Checked) -> None
             f"{found.hydrated_past_image} stripes past the image are marked hydrated",
         )
     if found.image_stripes is not None and found.stripe_size is not None:
-        needed = METADATA_SIZE + found.image_stripes * found.stripe_size
+        needed = METADATA_SIZE + max(
+            found.image_stripes * found.stripe_size, found.disk_size or 0,
+        )
         if stripes.size < needed:
             result.problems.append(
                 f"it has {stripes.size} bytes, and needs {needed}: it was cut off",

@@ -36,7 +36,7 @@ import msgspec
 from ublk_ubi import hygiene, runtime
 from ublk_ubi.control import Control
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.growth import prepare, take
+from ublk_ubi.growth import not_grown, prepare, take
 from ublk_ubi.log import log, standard, warn
 from ublk_ubi.notify import Manager
 from ublk_ubi.options import MAX_RATE, MIN_RATE, Task, continued
@@ -242,7 +242,7 @@ class Daemon:
     def _take(self, size: int) -> int | UbiError:
         """Grow, unless the disk has begun to go, or to be another daemon's, meanwhile."""
         if self._worker is not None:
-            return self._not_grown()
+            return not_grown(self._session.claim.name)
         try:
             take(self._session, size)
         except UbiError as error:
@@ -254,10 +254,7 @@ class Daemon:
     def _refuse_resize(self) -> None:
         """Tell who waits for the disk to grow that it has gone."""
         if self._resizing is not None:
-            self._resizing[0].fail(self._not_grown())
-
-    def _not_grown(self) -> UbiError:
-        return UbiError(f"{self._session.claim.name} is stopping: it has not grown", Exit.BUSY)
+            self._resizing[0].fail(not_grown(self._session.claim.name))
 
     def _on_stop(self, params: StopParams) -> Deferred:
         answer = Deferred()

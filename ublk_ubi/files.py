@@ -143,6 +143,18 @@ def reopen(fd: int, flags: int) -> int:
     return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
 
 
+def holds_data(fd: int, offset: int) -> bool:
+    """Tell whether a file may have anything but zeros from `offset` on, in bytes.
+
+    What is no hole may; so may all of a file on a filesystem that does not tell.
+    """
+    try:
+        os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        return error.errno != errno.ENXIO
+    return True
+
+
 def make_ready(fd: int) -> None:
     """Let requests on `fd` wait, and leave its access time alone; see this file's invariants."""
     flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.files import shown, size_text
+from ublk_ubi.files import holds_data, shown, size_text
+from ublk_ubi.options import METADATA_SIZE
 
 if TYPE_CHECKING:
     from ublk_ubi.base import Base
@@ -34,27 +35,36 @@ def keep_blocks(base: Base, recorded: int, needed: int, asked: int | None) -> in
 def keep_size(base: Base, recorded: int, room: int, asked: int | None) -> tuple[int, str | None]:
     """Return a disk's size in bytes, and a warning if the base has more room than that.
 
-    A block device that has grown holds, in its new part, what somebody wrote there once: it is the
-    disk's when `resize` has zeroed it. A file that has grown reads zero there, and is the disk's.
-    `recorded` is the size that the base says its disk has (0: nothing), `room` what there is for
-    it, `asked` an explicit --size, which is `room`. Raises UbiError when a part of a disk is gone,
-    and nobody has said that it is not needed.
+    What a base has grown by is the disk's if it is a hole in a file. Else it may hold what somebody
+    wrote there once, as a volume's does, or a file's that was copied from one: it is the disk's
+    when `resize` has zeroed it. `recorded` is the size that the base says its disk has (0:
+    nothing), `room` what there is for it, `asked` an explicit --size. Raises UbiError when that is
+    another, or a part of the disk is gone and --size does not say that it is not needed.
     """
     what = f"base {shown(base.path)}"
-    if recorded > room and asked is None:
+    if recorded > room:
+        if asked == room:
+            return room, None
         raise UbiError(
             f"{what} has room for {size_text(room)}, and its disk has {size_text(recorded)}: make "
-            f"it as large as it was, or give --size {room} to do without the rest",
+            f"it as large as it was, or add it once with --size {room} to do without the rest",
         )
-    if not base.is_block or recorded == 0 or recorded >= room:
+    size = recorded or room
+    grown = size < room and not base.is_block and not holds_data(base.fd, METADATA_SIZE + size)
+    if asked == size:
+        return size, None
+    if grown and asked in {None, room}:
         return room, None
     if asked is not None:
         raise UbiError(
-            f"{what} has a disk of {size_text(recorded)}, --size asks for {size_text(asked)}: "
-            "leave --size out, and let `ublk-ubi resize` zero the new part",
+            f"{what} has a disk of {size_text(size)}, --size asks for {size_text(asked)}: leave "
+            "--size out, or name another base; `ublk-ubi resize` lets a disk grow",
             Exit.USAGE,
         )
-    return recorded, (
-        f"{what} has grown: its disk keeps its {size_text(recorded)} until `ublk-ubi resize`, "
-        f"which zeroes what is new and makes it {size_text(room)}"
+    if size == room:
+        return size, None
+    return size, (
+        f"{what} has grown: its disk keeps its {size_text(size)} until `ublk-ubi resize` makes it "
+        f"{size_text(room)}, and zeroes what is new (--keep-old-data if a guest has used that "
+        "elsewhere)"
     )

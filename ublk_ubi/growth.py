@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 from ublk_ubi import zeroing
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.files import shown, size_of, size_text
+from ublk_ubi.files import holds_data, shown, size_of, size_text
 from ublk_ubi.options import METADATA_SIZE
 
 if TYPE_CHECKING:
@@ -41,15 +42,18 @@ def prepare(session: Session, size: int | None, *, keep_old_data: bool) -> int:
                 f"{session.claim.name} has {size_text(session.size)}, its base room for "
                 f"{size_text(found)}: it cannot have {size_text(wanted)}; {way_out}",
             )
-        if wanted > session.size and base.is_block and not keep_old_data:
-            start = METADATA_SIZE + session.size
-            zeroing.zero(base.fd, start, wanted - session.size, is_block=True)
+        # Up to what is recorded all is prepared, and a guest may have it already.
+        ready = max(session.size, session.opener.recorded_device_bytes)
+        start = METADATA_SIZE + ready
+        old_data = base.is_block or holds_data(base.fd, start)
+        if wanted > ready and old_data and not keep_old_data:
+            zeroing.zero(base.fd, start, wanted - ready, is_block=base.is_block)
     except OSError as error:
         raise UbiError(
             f"base {shown(base.path)}: its new part cannot be zeroed: {error.strerror}; "
             "--keep-old-data leaves it as it is",
         ) from None
-    if wanted > session.size:
+    if wanted > session.opener.recorded_device_bytes:
         _record(session, wanted)
     return wanted
 
@@ -62,14 +66,24 @@ def _record(session: Session, size: int) -> None:
     try:
         session.opener.grow(session, size)
     except OSError as error:
+        if error.errno == errno.ESHUTDOWN:
+            raise not_grown(session.claim.name) from None
         raise UbiError(
             f"base {shown(session.base.path)}: the disk's new size cannot be recorded: "
             f"{error.strerror}; check its disk (see `dmesg`)",
         ) from None
 
 
+def not_grown(name: str) -> UbiError:
+    """Tell that a disk goes, or is another daemon's by now."""
+    return UbiError(f"{name} is stopping: it has not grown", Exit.BUSY)
+
+
 def take(session: Session, size: int) -> None:
-    """Let the disk have the size that was prepared. Raises UbiError; then it is as it was."""
+    """Let the disk have the size that was prepared.
+
+    Raises UbiError; the kernel's disk is as it was then, or (TIMED_OUT) may still grow.
+    """
     if size > session.size:
         session.plane.grow(size)
         session.device.resize(size)

@@ -186,6 +186,8 @@ def parse_slot(data: bytes, offset: int = 0) -> Slot:
         problem = f"damaged: a stripe size of {stripe_size} bytes"
     elif image_size > stripe_size * MAX_STRIPES:
         problem = f"damaged: an image of {image_size} bytes has more stripes than headers"
+    elif 0 < disk_size < -(-image_size // stripe_size) * stripe_size:
+        problem = f"damaged: a disk of {disk_size} bytes is smaller than its image of {image_size}"
     if problem:
         return Slot(offset, None, problem)
     extension = Extension(

@@ -89,8 +89,8 @@ _LINES: dict[str, Callable[[Context], UbiError]] = {
         f"{c.what} has metadata of an unknown version: use the release that made it, or --format",
     ),
     "damaged": lambda c: UbiError(
-        f"{c.what} has damaged metadata (both slots of the extension, or a stripe size that "
-        f"contradicts them): see `ublk-ubi inspect {shown(c.base.path)}`, restore it from a "
+        f"{c.what} has damaged metadata (both slots of the extension, or sizes that contradict "
+        f"each other): see `ublk-ubi inspect {shown(c.base.path)}`, restore it from a "
         "backup, or start anew with --format",
     ),
     "newer": lambda c: UbiError(

@@ -402,15 +402,18 @@ class Session(TableHost):
 
     def _keep_geometry(self, opener: Opener) -> None:
         """Give a disk the blocks and the size that it had; one that is taken over has them."""
+        found = opener.recorded_device_bytes
         blocks = keep_blocks(
             self.base, opener.block_bytes, self.block_size, self.options.block_size,
         )
-        if not self.device.recovered:
-            recorded = opener.recorded_device_bytes // blocks * blocks
-            self.block_size, self.size = blocks, self.size // blocks * blocks
-            self.size, warning = keep_size(self.base, recorded, self.size, self.options.size)
-            self.warnings += [warning] if warning else []
-        opener.set_device_bytes(self.size)
+        if self.device.recovered:
+            opener.set_device_bytes(max(found, self.size))  # it may be about to grow
+            return
+        recorded = found // blocks * blocks
+        self.block_size, self.size = blocks, self.size // blocks * blocks
+        self.size, warning = keep_size(self.base, recorded, self.size, self.options.size)
+        self.warnings += [warning] if warning else []
+        opener.set_device_bytes(found if recorded == self.size else self.size)
 
     def zero_tail(self, opener: Opener) -> None:
         """Nobody may read through a new disk what was on this base before."""

@@ -61,13 +61,13 @@ def serve(name: str, folder: str = CONFIG_FOLDER) -> int:
             if error.code != Exit.NO_DEVICE:
                 raise
             log(error.message)
-    if _is_made(options.base):  # it may have grown since (`resize`)
+    if _is_made(options.base):  # it has the size that it has by now (`resize`)
         options = msgspec.structs.replace(options, size=None)
     return daemon.run(options, _announce)
 
 
 def _is_made(base: str) -> bool:
-    """Tell whether a base holds a disk already, which is as large as the base lets it be."""
+    """Tell whether a base holds a disk already."""
     try:
         fd = os.open(base, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

@@ -15,7 +15,7 @@ import threading
 import time
 
 from ublk_ubi._abi cimport ubi_ublk_desc_map_len, ubi_ublk_desc_map_offset, ubi_ublk_io_desc
-from ublk_ubi._atomic cimport ensure, load_u32, store_u32, store_u64
+from ublk_ubi._atomic cimport load_u32, store_u32, store_u64
 from ublk_ubi._core cimport Action
 from ublk_ubi._histogram cimport BUCKETS, Histogram, histogram_value
 from ublk_ubi._hydrator cimport (
@@ -325,9 +325,12 @@ cdef class DataPlane:
         return load_u32(&self.hydrator.hydrated) != 0
 
     def grow(self, uint64_t device_bytes):
-        """Take requests up to this size from now on."""
-        ensure(device_bytes >= self.device.shared.device_bytes, b"a disk does not shrink")
-        store_u64(&self.device.shared.device_bytes, device_bytes)
+        """Take requests up to this size, at least, from now on.
+
+        What was allowed once stays: the kernel may have grown the disk though it did not answer.
+        """
+        if device_bytes > self.device.shared.device_bytes:
+            store_u64(&self.device.shared.device_bytes, device_bytes)
 
     def lose_image(self):
         """The image is not what it was: from now on nothing of it is served or copied."""

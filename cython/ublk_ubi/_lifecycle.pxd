@@ -156,7 +156,7 @@ cdef struct LifecycleOptions:
     uint32_t stripe_bytes          # 0: as recorded, or the default
     uint32_t default_stripe_bytes
     uint32_t block_bytes           # recorded where none is yet; the caller judges the recorded one
-    uint64_t device_bytes          # recorded; until BEFORE_WRITE is done the caller may change it
+    uint64_t device_bytes          # recorded, if not 0; the caller may change it until BEFORE_WRITE
     bint format
     bint adopt
     bint force

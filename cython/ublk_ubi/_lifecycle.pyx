@@ -331,7 +331,8 @@ cdef void plan_generation(Lifecycle* lifecycle, Actions* actions) noexcept nogil
     memcpy(lifecycle.slot.boot_id, lifecycle.options.boot_id, 16)
     if lifecycle.slot.block_bytes == 0:
         lifecycle.slot.block_bytes = lifecycle.options.block_bytes
-    lifecycle.slot.device_bytes = lifecycle.options.device_bytes
+    if lifecycle.options.device_bytes != 0:
+        lifecycle.slot.device_bytes = lifecycle.options.device_bytes
     lifecycle.slot.generation += 1
     lifecycle.slot.flags |= FLAG_OPEN
     describe(lifecycle, &lifecycle.identity)

@@ -7,11 +7,12 @@ from libc.errno cimport EIO
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
+import contextlib
 import errno
 import os
 import threading
 
-from ublk_ubi._atomic cimport ensure
+from ublk_ubi._atomic cimport ensure, load_u32, set_once_u32
 from ublk_ubi._core cimport (
     ACT_HOST, ACT_SYNC_BASE, EVENT_DONE, EVENT_GROW, EVENT_START, EVENT_STOP, MEM_PAGE, MEM_SCRATCH,
     PAGE, Action, Actions, Event,
@@ -154,6 +155,10 @@ cdef class Opener:
             raise
         if self.lifecycle.phase != PHASE_OPEN:
             self.fail()
+        if self.lifecycle.options.device_bytes not in (0, self.lifecycle.slot.device_bytes):
+            # Whoever goes on with a table has written nothing. A failure leaves the size before.
+            with contextlib.suppress(OSError):
+                self.grow(host, self.lifecycle.options.device_bytes)
 
     def withdraw(self, host):
         """Close what nobody has used yet. A base that cannot be closed keeps its table."""
@@ -203,6 +208,7 @@ cdef class Opener:
         cdef Op op
         cdef int files[FILE_COUNT]
         cdef int status
+        cdef uint32_t* latch = NULL
         cdef Action action
         cdef Actions actions
         cdef Event event
@@ -210,6 +216,8 @@ cdef class Opener:
         files[1] = self.base_fd
         files[2] = self.sync_fd
         files[3] = -1
+        if event_kind == EVENT_GROW:
+            latch = <uint32_t*><size_t>self.table.latch_address
         with nogil:
             status = ring_init(&ring, 4, &op, 1, files)
         if status < 0:
@@ -236,9 +244,8 @@ cdef class Opener:
                 else:
                     with nogil:
                         event.result = run_action(&ring, &action)
-                    if event_kind == EVENT_GROW and action.kind == ACT_SYNC_BASE:
-                        if self.table.latched:
-                            event.result = -EIO  # what it did not see, another thread did
+                        if latch != NULL and action.kind == ACT_SYNC_BASE:
+                            event.result = one_verdict(latch, event.result)
         finally:
             with nogil:
                 ring_exit(&ring)
@@ -333,6 +340,13 @@ cdef class Opener:
     def latch(self):
         """errno of the failed fdatasync that a found table remembers, or 0."""
         return self.lifecycle.found.latch
+
+
+cdef int32_t one_verdict(uint32_t* latch, int32_t result) noexcept nogil:
+    """An fdatasync beside others: its failure is everybody's at once, and theirs is its own."""
+    if result < 0:
+        set_once_u32(latch, <uint32_t>-result)
+    return -EIO if result >= 0 and load_u32(latch) != 0 else result
 
 
 cdef int32_t run_action(Ring* ring, Action* action) noexcept nogil:

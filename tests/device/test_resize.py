@@ -101,6 +101,7 @@ def test_where_the_kernel_cannot_it_grows_when_it_is_added_next(
     assert "it has the new size when it is added next" in refused.stderr
     assert refused.stderr.count("\n") == 1
     assert block_size(device.node) == device.status()["size"] == SIZE
+    assert ubi.command("resize", device.name, SIZE + STRIPE).code == 1
     write(device, 0, b"a" * BLOCK)
     device.reopen()
     assert block_size(device.node) == 2 * SIZE
@@ -119,7 +120,9 @@ def test_a_volume_that_grew_while_nobody_had_it_keeps_its_disk_as_it_was(
     volume.linear()
     refused = ubi.refused(image, volume.path, code=2, size=2 * SIZE)
     assert f"has a disk of {SIZE} bytes" in refused
-    device.start()
+    device.start(size=SIZE)
+    assert device.warnings == []
+    device.reopen(size=None)
     assert ["until `ublk-ubi resize`" in warning for warning in device.warnings] == [True]
     assert block_size(device.node) == device.status()["size"] == SIZE
     device.kill()
@@ -147,8 +150,9 @@ def test_a_base_that_shrank_is_refused(
     assert ubi.command("resize", device.name, 2 * SIZE).code == 0
     device.stop()
     os.truncate(base, DATA_OFFSET + SIZE + STRIPE)
+    assert "it was cut off" in ubi.command("check", base).stdout
     refused = ubi.refused(image, base, code=1)
-    assert f"give --size {SIZE + STRIPE} to do without the rest" in refused
+    assert f"add it once with --size {SIZE + STRIPE} to do without the rest" in refused
     device.start(size=SIZE + STRIPE)
     assert block_size(device.node) == SIZE + STRIPE
     device.reopen(size=None)

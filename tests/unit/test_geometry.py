@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.geometry import keep_blocks, keep_size
+from ublk_ubi.options import METADATA_SIZE
 
-GIB = 1 << 30
-FILE: Any = SimpleNamespace(path="/srv/base", is_block=False)
-VOLUME: Any = SimpleNamespace(path="/dev/vg/base", is_block=True)
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+KIB, MIB = 1 << 10, 1 << 20
+OLD, NEW = 1 * MIB, 2 * MIB        # sizes of disks
+FILE: Any = SimpleNamespace(path="/srv/base", is_block=False, fd=-1)
+VOLUME: Any = SimpleNamespace(path="/dev/vg/base", is_block=True, fd=-1)
+
+
+@pytest.fixture(params=["a hole", "data at its end"])
+def grown(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Any, bool]]:
+    """A file that has room for NEW, and whether what it has behind OLD is a hole."""
+    hole = request.param == "a hole"
+    with open(tmp_path / "base", "w+b") as file:
+        file.truncate(METADATA_SIZE + NEW)
+        os.pwrite(file.fileno(), b"m" * 4 * KIB, METADATA_SIZE + OLD - 4 * KIB)
+        if not hole:
+            os.pwrite(file.fileno(), b"o" * 4 * KIB, METADATA_SIZE + NEW - 4 * KIB)
+        yield SimpleNamespace(path=file.name, is_block=False, fd=file.fileno()), hole
 
 
 @pytest.mark.parametrize(("recorded", "needed", "asked", "blocks"), [
@@ -35,34 +54,51 @@ def test_blocks_that_cannot_be_had(recorded: int, needed: int, way_out: str) -> 
         keep_blocks(FILE, recorded, needed, None)
 
 
-@pytest.mark.parametrize(("base", "recorded", "room", "asked", "size"), [
-    (FILE, 0, 2 * GIB, None, 2 * GIB),
-    (VOLUME, 0, 2 * GIB, None, 2 * GIB),      # of before sizes were recorded
-    (FILE, GIB, 2 * GIB, None, 2 * GIB),      # what is new of a file reads zero
-    (FILE, GIB, 2 * GIB, 2 * GIB, 2 * GIB),
-    (VOLUME, GIB, GIB, None, GIB),
-    (VOLUME, GIB, GIB, GIB, GIB),
-    (FILE, 2 * GIB, GIB, GIB, GIB),           # somebody has said so
+@pytest.mark.parametrize("base", [FILE, VOLUME])
+@pytest.mark.parametrize(("recorded", "room", "asked", "size"), [
+    (0, NEW, None, NEW),               # of before sizes were recorded
+    (0, NEW, NEW, NEW),
+    (NEW, NEW, None, NEW),
+    (NEW, NEW, NEW, NEW),
+    (NEW, OLD, OLD, OLD),              # somebody has said so
 ])
 def test_size(base: Any, recorded: int, room: int, asked: int | None, size: int) -> None:
     assert keep_size(base, recorded, room, asked) == (size, None)
 
 
+def test_a_file_that_has_grown_by_a_hole_has_a_larger_disk(grown: tuple[Any, bool]) -> None:
+    """One that was copied from a volume holds in its new part what that held."""
+    base, hole = grown
+    size, warning = keep_size(base, OLD, NEW, None)
+    assert size == (NEW if hole else OLD)
+    assert (warning is None) == hole
+    assert keep_size(base, OLD, NEW, OLD) == (OLD, None)
+    if hole:
+        assert keep_size(base, OLD, NEW, NEW) == (NEW, None)
+    else:
+        with pytest.raises(UbiError, match="--size asks for"):
+            keep_size(base, OLD, NEW, NEW)
+
+
 def test_a_volume_that_has_grown_shows_nothing_that_was_there_before() -> None:
-    size, warning = keep_size(VOLUME, GIB, 2 * GIB, None)
-    assert size == GIB
+    size, warning = keep_size(VOLUME, OLD, NEW, None)
+    assert size == OLD
     assert warning is not None
-    assert "keeps its 1073741824 bytes" in warning
+    assert f"keeps its {OLD} bytes" in warning
     assert "until `ublk-ubi resize`" in warning
+    assert "--keep-old-data" in warning
+    assert keep_size(VOLUME, OLD, NEW, OLD) == (OLD, None)
 
 
-def test_a_size_does_not_make_it_show_that() -> None:
-    with pytest.raises(UbiError, match=r"--size asks for .* let `ublk-ubi resize` zero") as error:
-        keep_size(VOLUME, GIB, 2 * GIB, 2 * GIB)
+@pytest.mark.parametrize("asked", [NEW, OLD + 512, 512])
+def test_no_other_size_can_be_asked_for(asked: int) -> None:
+    with pytest.raises(UbiError, match=f"a disk of {OLD} .* --size asks for {asked} ") as error:
+        keep_size(VOLUME, OLD, NEW, asked)
     assert error.value.code == Exit.USAGE
 
 
+@pytest.mark.parametrize("asked", [None, NEW, OLD - 512])
 @pytest.mark.parametrize("base", [FILE, VOLUME])
-def test_a_base_that_has_shrunk(base: Any) -> None:
-    with pytest.raises(UbiError, match=f"as large as it was, or give --size {GIB} to do without"):
-        keep_size(base, 2 * GIB, GIB, None)
+def test_a_base_that_has_shrunk(base: Any, asked: int | None) -> None:
+    with pytest.raises(UbiError, match=f"as it was, or add it once with --size {OLD} to do"):
+        keep_size(base, NEW, OLD, asked)

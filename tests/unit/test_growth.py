@@ -25,13 +25,13 @@ class Opener:
     """What the base says of its disk's size."""
 
     def __init__(self) -> None:
-        self.recorded = 0
+        self.recorded_device_bytes = SIZE
         self.error: OSError | None = None
 
     def grow(self, _session: object, size: int) -> None:
         if self.error is not None:
             raise self.error
-        self.recorded = size
+        self.recorded_device_bytes = size
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_size_of_no_whole_blocks_leaves_the_base_alone(
 def test_a_file_is_grown(session: Any) -> None:
     assert growth.prepare(session, 2 * SIZE, keep_old_data=False) == 2 * SIZE
     assert os.fstat(session.base.fd).st_size == METADATA_SIZE + 2 * SIZE
-    assert session.opener.recorded == 2 * SIZE
+    assert session.opener.recorded_device_bytes == 2 * SIZE
     assert growth.prepare(session, None, keep_old_data=False) == 2 * SIZE
 
 
@@ -84,20 +84,58 @@ def test_what_cannot_be_zeroed_is_told(session: Any, monkeypatch: pytest.MonkeyP
     assert growth.prepare(session, None, keep_old_data=True) == 2 * SIZE
 
 
-def test_a_size_is_recorded_once_the_new_part_is_zero(
-    session: Any, monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def done(session: Any, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """What is done to the base, which has room for 2 × SIZE."""
+    made: list[object] = []
+
+    def zero(_fd: int, offset: int, length: int, **_: object) -> None:
+        made.append((offset - METADATA_SIZE, length))
+
+    def grow(_session: object, size: int) -> None:
+        session.opener.recorded_device_bytes = size
+        made.append(size)
+
+    os.truncate(session.base.fd, METADATA_SIZE + 2 * SIZE)
+    monkeypatch.setattr(growth.zeroing, "zero", zero)
+    monkeypatch.setattr(session.opener, "grow", grow)
+    monkeypatch.setattr(growth, "size_of", lambda fd: os.fstat(fd).st_size)
+    return made
+
+
+def test_a_size_is_recorded_once_the_new_part_is_zero(session: Any, done: list[object]) -> None:
     """That it is durable by then is the opener's matter."""
-    done: list[object] = []
     session.base.is_block = True
-    session.size -= 4096
-    monkeypatch.setattr(growth.zeroing, "zero", lambda *_, **__: done.append("zeroed"))
-    monkeypatch.setattr(session.opener, "grow", lambda _session, size: done.append(size))
-    assert growth.prepare(session, None, keep_old_data=False) == SIZE
-    assert done == ["zeroed", SIZE]
-    session.size = SIZE
-    assert growth.prepare(session, None, keep_old_data=False) == SIZE
-    assert done == ["zeroed", SIZE]
+    assert growth.prepare(session, None, keep_old_data=False) == 2 * SIZE
+    assert done == [(SIZE, SIZE), 2 * SIZE]
+
+
+def test_what_was_prepared_once_is_not_zeroed_again(session: Any, done: list[object]) -> None:
+    """The kernel may have grown the disk though it did not say so: a guest may have written."""
+    session.base.is_block = True
+    session.opener.recorded_device_bytes = SIZE + SIZE // 2
+    assert growth.prepare(session, SIZE + SIZE // 2, keep_old_data=False) == SIZE + SIZE // 2
+    assert done == []
+    assert growth.prepare(session, None, keep_old_data=False) == 2 * SIZE
+    assert done == [(SIZE + SIZE // 2, SIZE // 2), 2 * SIZE]
+
+
+def test_a_files_new_part_is_zeroed_if_it_is_no_hole(session: Any, done: list[object]) -> None:
+    with open(session.base.path, "r+b") as file:
+        file.seek(METADATA_SIZE + 2 * SIZE - 4096)
+        file.write(b"o" * 4096)
+    assert growth.prepare(session, None, keep_old_data=True) == 2 * SIZE
+    assert done == [2 * SIZE]
+    session.opener.recorded_device_bytes = SIZE
+    assert growth.prepare(session, None, keep_old_data=False) == 2 * SIZE
+    assert done[1:] == [(SIZE, SIZE), 2 * SIZE]
+
+
+def test_a_disk_that_went_meanwhile_has_not_grown(session: Any) -> None:
+    session.opener.error = OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
+    with pytest.raises(UbiError, match="vm1 is stopping: it has not grown") as error:
+        growth.prepare(session, 2 * SIZE, keep_old_data=False)
+    assert error.value.code == Exit.BUSY
 
 
 def test_a_size_that_cannot_be_recorded(session: Any) -> None:

@@ -39,9 +39,9 @@ def command(
 ) -> int:
     """Let a disk grow while it is in use.
 
-    Without SIZE it takes all that its base has; with SIZE a base that is a file is grown first.
-    The new part reads zero. A guest sees the new size after a rescan; SPDK, where the disk is
-    attached, is told, and tells its guest. A disk does not shrink.
+    Without SIZE it takes all that its base has, a volume that was extended too; with SIZE a base
+    that is a file is grown first. The new part reads zero. A guest sees the new size after a
+    rescan; SPDK, where the disk is attached, is told, and tells its guest. A disk does not shrink.
     """
     from ublk_ubi import rpc, spdk
     from ublk_ubi.links import resolve

@@ -148,7 +148,7 @@ def names_its_table(host: Host, verdict: rules.Judgement) -> None:
     assert (slot.boot, slot.fingerprint) == (asked.boot_id, asked.fingerprint)
     assert slot.generation == (verdict.slot.generation if verdict.slot else 0) + 1
     assert slot.block == ((verdict.slot.block if verdict.slot else 0) or asked.block_bytes)
-    assert slot.device == asked.device_bytes
+    assert slot.device == (asked.device_bytes or (verdict.slot.device if verdict.slot else 0))
     if verdict.slot is not None:
         assert slot.uuid == (asked.new_uuid if verdict.copied else verdict.slot.uuid)
     assert disk.read(0, 14) == layout.head(verdict.stripe, 2)
