@@ -149,10 +149,23 @@ def holds_data(fd: int, offset: int) -> bool:
     What is no hole may; so may all of a file on a filesystem that does not tell.
     """
     try:
-        os.lseek(fd, offset, os.SEEK_DATA)
+        block = max(os.fstat(fd).st_blksize, 1)  # a filesystem has holes of whole blocks
+        within = -offset % block
+        if within and _has_nonzero(fd, offset, within):
+            return True
+        os.lseek(fd, offset + within, os.SEEK_DATA)
     except OSError as error:
         return error.errno != errno.ENXIO
     return True
+
+
+def _has_nonzero(fd: int, offset: int, length: int) -> bool:
+    """Look at a few bytes, of no particular alignment."""
+    buffered = reopen(fd, os.O_RDONLY)
+    try:
+        return any(os.pread(buffered, length, offset))
+    finally:
+        os.close(buffered)
 
 
 def make_ready(fd: int) -> None:

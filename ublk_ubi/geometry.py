@@ -9,7 +9,32 @@ from ublk_ubi.files import holds_data, shown, size_text
 from ublk_ubi.options import METADATA_SIZE
 
 if TYPE_CHECKING:
+    from ublk_ubi._opener import Opener
     from ublk_ubi.base import Base
+    from ublk_ubi.session import Session
+
+
+def settle(session: Session, opener: Opener) -> None:
+    """Give a disk the blocks and the size that it had; one that is taken over has them.
+
+    `opener` knows what the base says. `recorded_size` is what it shall say: whoever goes on with a
+    table has written nothing yet. Raises UbiError; nothing is changed by then.
+    """
+    base, options = session.base, session.options
+    found = opener.recorded_device_bytes
+    blocks = keep_blocks(base, opener.block_bytes, session.block_size, options.block_size)
+    if session.device.recovered:
+        # It may grow yet: the kernel was told to by a daemon that died before it had an answer.
+        fits = session.size <= found <= base.data_size
+        session.recorded_size = found if fits else session.size
+    else:
+        room, recorded = session.size // blocks * blocks, found // blocks * blocks
+        asked = options.size and options.size // blocks * blocks
+        session.block_size = blocks
+        session.size, warning = keep_size(base, recorded, room, asked)
+        session.warnings += [warning] if warning else []
+        session.recorded_size = found if recorded == session.size else session.size
+    opener.set_device_bytes(session.recorded_size)
 
 
 def keep_blocks(base: Base, recorded: int, needed: int, asked: int | None) -> int:
@@ -56,9 +81,11 @@ def keep_size(base: Base, recorded: int, room: int, asked: int | None) -> tuple[
     if grown and asked in {None, room}:
         return room, None
     if asked is not None:
+        makes, way_out = ("makes", "or name another base") if size == room else (
+            "has", "and let `ublk-ubi resize` make it larger")
         raise UbiError(
-            f"{what} has a disk of {size_text(size)}, --size asks for {size_text(asked)}: leave "
-            "--size out, or name another base; `ublk-ubi resize` lets a disk grow",
+            f"{what} {makes} a disk of {size_text(size)}, --size asks for {size_text(asked)}: "
+            f"leave --size out, {way_out}",
             Exit.USAGE,
         )
     if size == room:

@@ -292,6 +292,12 @@ class KernelDevice:
             )
         self.control.update_size(self.info.id, size // SECTOR)
 
+    def size_by_now(self) -> int:
+        """Return the bytes of the kernel's disk; 0 where they cannot change. Raises UbiError."""
+        if Feature.UPDATE_SIZE not in self.info.flags:
+            return 0
+        return self.control.get_params(self.info.id).dev_sectors * SECTOR
+
     # ---- ending -----------------------------------------------------------------------------
 
     def stop(self, name: str, *, force: bool) -> None:

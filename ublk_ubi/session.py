@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ublk_ubi import links, new_base, runtime, udev
+from ublk_ubi import geometry, growth, links, new_base, runtime, udev
 from ublk_ubi._device import DataPlane
 from ublk_ubi._opener import Opener, Refused
 from ublk_ubi.base import Base, open_base
@@ -41,7 +41,6 @@ from ublk_ubi.cpus import usable_cpus
 from ublk_ubi.errors import Exit, UbiError
 from ublk_ubi.faults import Faults, errors_of
 from ublk_ubi.files import direct_alignment, shown, size_text
-from ublk_ubi.geometry import keep_blocks, keep_size
 from ublk_ubi.hydration import Hydration, as_told
 from ublk_ubi.image import FINGERPRINT_SIZE, Image, fingerprint, open_image
 from ublk_ubi.kernel_device import SECTOR, START_TIMEOUT_S, KernelDevice
@@ -92,7 +91,7 @@ class Session(TableHost):
         self.upkeep: Upkeep
         self.device: KernelDevice
         self.link = ""
-        self.block_size, self.size = SECTOR, 0
+        self.block_size, self.size, self.recorded_size = SECTOR, 0, 0
         self.is_live = self._was_seen = False
         self._notice = notice
         self._control = control
@@ -154,6 +153,11 @@ class Session(TableHost):
         self.sandbox.enter()
         self._start_threads()
         self._go_live()
+        if taken_over:  # by now it is this daemon's
+            try:
+                growth.record(self, self.recorded_size)
+            except UbiError as error:
+                self.warnings.append(error.message)
         self.sandbox.close(self.device.control, self.info)
         self.upkeep.start()
         self._undo.callback(self.upkeep.stop)
@@ -280,6 +284,8 @@ class Session(TableHost):
                 f"{error.strerror}; check its disk (see `dmesg`)",
             ) from None
         self._undo.callback(self._close_base_quietly)
+        if not self.device.recovered:
+            growth.record(self, self.recorded_size)
         if self.opener.going_on and self.image and self.opener.fingerprint != image_fingerprint:
             self.warnings.append(not_yet_forced(self.base))
         if self._missing is not None:
@@ -299,7 +305,7 @@ class Session(TableHost):
                 queues=info.queues,
                 depth=info.depth,
                 copy_on_read=self.options.copy_on_read,
-                device_bytes=self.size,
+                device_bytes=self.recorded_size,
                 cache=self.options.cache,
                 zero_copy=self.device.zero_copy,
                 base_is_block=self.base.is_block,
@@ -382,7 +388,7 @@ class Session(TableHost):
         """Everything is checked; take the device id, the last thing that can be refused."""
         if opener.creating:
             new_base.check_tail(self.base, opener, self.options)
-        self._keep_geometry(opener)
+        geometry.settle(self, opener)
         if self.device.recovered:
             self.device.take_over(self.options.fence_timeout_s, self._notice)
             return
@@ -399,21 +405,6 @@ class Session(TableHost):
             stripe_bytes=opener.stripe_bytes,
             alignment=max(self.base.alignment, self.image.alignment if self.image else 1),
         )
-
-    def _keep_geometry(self, opener: Opener) -> None:
-        """Give a disk the blocks and the size that it had; one that is taken over has them."""
-        found = opener.recorded_device_bytes
-        blocks = keep_blocks(
-            self.base, opener.block_bytes, self.block_size, self.options.block_size,
-        )
-        if self.device.recovered:
-            opener.set_device_bytes(max(found, self.size))  # it may be about to grow
-            return
-        recorded = found // blocks * blocks
-        self.block_size, self.size = blocks, self.size // blocks * blocks
-        self.size, warning = keep_size(self.base, recorded, self.size, self.options.size)
-        self.warnings += [warning] if warning else []
-        opener.set_device_bytes(found if recorded == self.size else self.size)
 
     def zero_tail(self, opener: Opener) -> None:
         """Nobody may read through a new disk what was on this base before."""

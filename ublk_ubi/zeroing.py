@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import mmap
 import os
 
 from ublk_ubi import blockdev
 
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
+_CHUNK = 1 << 20
 
 
 def zero(fd: int, offset: int, length: int, *, is_block: bool) -> None:
     """Make `length` bytes from `offset` read as zeros: BLKZEROOUT, or a hole in a file.
 
-    Raises OSError.
+    Both in bytes, multiples of what direct I/O takes. Where a filesystem has no holes (NFS before
+    4.2, FAT), zeros are written. Raises OSError.
     """
     if is_block:
         blockdev.zero_out(fd, offset, length)
@@ -23,7 +27,16 @@ def zero(fd: int, offset: int, length: int, *, is_block: bool) -> None:
     mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
     if libc.fallocate64(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)) != 0:
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        if number != errno.EOPNOTSUPP:
+            raise OSError(number, os.strerror(number))
+        _write_zeros(fd, offset, length)
+
+
+def _write_zeros(fd: int, offset: int, length: int) -> None:
+    with mmap.mmap(-1, _CHUNK) as chunk, memoryview(chunk) as zeros:  # aligned
+        while length:
+            written = os.pwrite(fd, zeros[: min(length, _CHUNK)], offset)
+            offset, length = offset + written, length - written
 
 
 def offloaded(fd: int) -> bool:

@@ -7,7 +7,6 @@ from libc.errno cimport EIO
 from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-import contextlib
 import errno
 import os
 import threading
@@ -155,10 +154,6 @@ cdef class Opener:
             raise
         if self.lifecycle.phase != PHASE_OPEN:
             self.fail()
-        if self.lifecycle.options.device_bytes not in (0, self.lifecycle.slot.device_bytes):
-            # Whoever goes on with a table has written nothing. A failure leaves the size before.
-            with contextlib.suppress(OSError):
-                self.grow(host, self.lifecycle.options.device_bytes)
 
     def withdraw(self, host):
         """Close what nobody has used yet. A base that cannot be closed keeps its table."""
@@ -171,6 +166,7 @@ cdef class Opener:
     def close(self, host):
         """Mark the base closed. All must be committed. Raises OSError; the table then stays."""
         with self.lock:
+            self.check_open()
             self.run(host, EVENT_STOP)
         if self.lifecycle.phase != PHASE_CLOSED:
             self.fail()
@@ -181,11 +177,14 @@ cdef class Opener:
         Raises OSError; the size is then as it was. ESHUTDOWN: the base is open here no more.
         """
         with self.lock:
-            if self.ended or self.lifecycle.phase != PHASE_OPEN:
-                raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
+            self.check_open()
             self.run(host, EVENT_GROW, device_bytes)
             if self.lifecycle.errno_ != 0:
                 raise OSError(self.lifecycle.errno_, os.strerror(self.lifecycle.errno_))
+
+    def check_open(self):
+        if self.ended or self.lifecycle.phase != PHASE_OPEN:
+            raise OSError(errno.ESHUTDOWN, os.strerror(errno.ESHUTDOWN))
 
     def let_go(self):
         """Begin nothing more: the descriptors are about to be closed. The base stays marked open.

@@ -330,7 +330,7 @@ def test_too_small_and_another_size(tmp_path: Path, image: Image, loop):
     device = loop(file_of(tmp_path / "b", 8 * MIB))
     refused(device, image, "too small", str(12 * MIB), "name a larger device")
     device = loop(file_of(tmp_path / "c", BASE_SIZE))
-    refused(device, image, "--size asks for", "leave --size out", size=IMAGE_SIZE)
+    refused(device, image, "--size asks for", "leave --size out", size=BASE_SIZE)
 
 
 def test_a_read_only_device(tmp_path: Path, image: Image, loop):

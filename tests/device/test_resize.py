@@ -16,7 +16,7 @@ from support.background import Background
 from support.direct import block_size
 from support.guest import BLOCK, fails, flush, read, write
 from support.mapper import delayed_writes
-from support.ondisk import DATA_OFFSET
+from support.ondisk import DATA_OFFSET, forget_size, read_metadata
 from support.served import FLUSH, serve
 from support.shell import until
 from support.variant import Variant
@@ -140,6 +140,27 @@ def test_a_volume_that_grew_while_nobody_had_it_keeps_its_disk_as_it_was(
     assert read(device, 2 * SIZE - BLOCK) == b"e" * BLOCK
 
 
+@pytest.mark.parametrize("recovery", [True, False])
+def test_a_disk_of_before_has_its_size_recorded_by_who_goes_on_with_it(
+    ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str], recovery: bool,
+) -> None:
+    """One that is upgraded live is never opened anew."""
+    base = make_base(SIZE)
+    device = ubi.add(make_image(SIZE), base, stripe_size=STRIPE, recovery=recovery)
+    assert read_metadata(base).extension.disk_bytes == SIZE
+    device.kill()
+    forget_size(base)
+    assert read_metadata(base).extension.disk_bytes == 0
+    if recovery:
+        device.recover()
+    else:
+        device.start()
+    found = read_metadata(base).extension
+    assert (found.disk_bytes, found.generation, found.is_open) == (SIZE, 1, True)
+    device.stop()
+    assert read_metadata(base).extension.disk_bytes == SIZE
+
+
 def test_a_base_that_shrank_is_refused(
     ubi: Ubi, make_image: Callable[..., Image], make_base: Callable[..., str],
 ) -> None:
@@ -173,7 +194,7 @@ def test_a_size_that_cannot_be_made_durable_is_not_the_disks(
     failed = ubi.command("resize", device.name)
     below.heal()
     assert (failed.code, failed.stderr.count("\n")) == (1, 1), failed
-    assert "the disk's new size cannot be recorded" in failed.stderr
+    assert "the disk's size cannot be recorded" in failed.stderr
     assert os.strerror(errno.EIO) in failed.stderr
     assert block_size(device.node) == SIZE
     assert fails(flush, device)

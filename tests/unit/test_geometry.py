@@ -102,3 +102,15 @@ def test_no_other_size_can_be_asked_for(asked: int) -> None:
 def test_a_base_that_has_shrunk(base: Any, asked: int | None) -> None:
     with pytest.raises(UbiError, match=f"as it was, or add it once with --size {OLD} to do"):
         keep_size(base, NEW, OLD, asked)
+
+
+@pytest.mark.parametrize("rest", [b"", b"o"], ids=["zeros", "data"])
+def test_a_disk_may_end_inside_a_block_of_the_filesystem(tmp_path: Path, rest: bytes) -> None:
+    """A filesystem has holes of whole blocks."""
+    size = OLD + 512
+    with open(tmp_path / "base", "w+b", buffering=0) as file:
+        os.pwrite(file.fileno(), b"m" * size, METADATA_SIZE)
+        os.pwrite(file.fileno(), rest, METADATA_SIZE + size + 3 * KIB)
+        file.truncate(METADATA_SIZE + NEW)
+        base: Any = SimpleNamespace(path=file.name, is_block=False, fd=file.fileno())
+        assert keep_size(base, size, NEW, None)[0] == (size if rest else NEW)

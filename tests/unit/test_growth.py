@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 SIZE = 1 << 20
 
 
+class Plane:
+    """What requests are taken of."""
+
+    def __init__(self) -> None:
+        self.latch = 0
+        self.allowed = 0
+
+    def grow(self, size: int) -> None:
+        self.allowed = size
+
+
 class Opener:
     """What the base says of its disk's size."""
 
@@ -45,7 +56,8 @@ def session(tmp_path: Path) -> Iterator[Any]:
     ) as base:
         yield SimpleNamespace(
             base=base, block_size=4096, size=SIZE, claim=SimpleNamespace(name="vm1"),
-            plane=SimpleNamespace(latch=0), opener=Opener(), degraded=lambda: "an fdatasync failed",
+            plane=Plane(), opener=Opener(), degraded=lambda: "an fdatasync failed",
+            device=SimpleNamespace(size_by_now=lambda: 0),
         )
 
 
@@ -110,14 +122,25 @@ def test_a_size_is_recorded_once_the_new_part_is_zero(session: Any, done: list[o
     assert done == [(SIZE, SIZE), 2 * SIZE]
 
 
-def test_what_was_prepared_once_is_not_zeroed_again(session: Any, done: list[object]) -> None:
-    """The kernel may have grown the disk though it did not say so: a guest may have written."""
+def test_what_the_kernel_has_by_now_is_not_zeroed(session: Any, done: list[object]) -> None:
+    """It may have grown the disk though it did not say so in time: a guest may have written."""
     session.base.is_block = True
-    session.opener.recorded_device_bytes = SIZE + SIZE // 2
+    session.device.size_by_now = lambda: SIZE + SIZE // 2
+    session.opener.recorded_device_bytes = 2 * SIZE
     assert growth.prepare(session, SIZE + SIZE // 2, keep_old_data=False) == SIZE + SIZE // 2
     assert done == []
+    assert session.size == session.plane.allowed == SIZE + SIZE // 2
     assert growth.prepare(session, None, keep_old_data=False) == 2 * SIZE
-    assert done == [(SIZE + SIZE // 2, SIZE // 2), 2 * SIZE]
+    assert done == [(SIZE + SIZE // 2, SIZE // 2)]
+    with pytest.raises(UbiError, match="a disk can grow, not shrink"):
+        growth.prepare(session, SIZE, keep_old_data=False)
+
+
+def test_what_a_file_was_made_larger_by_is_zero_already(session: Any, done: list[object]) -> None:
+    """Also where the filesystem does not tell holes from data."""
+    os.truncate(session.base.fd, METADATA_SIZE + SIZE + 4096)
+    assert growth.prepare(session, 2 * SIZE, keep_old_data=False) == 2 * SIZE
+    assert done == [2 * SIZE]
 
 
 def test_a_files_new_part_is_zeroed_if_it_is_no_hole(session: Any, done: list[object]) -> None:
@@ -140,7 +163,7 @@ def test_a_disk_that_went_meanwhile_has_not_grown(session: Any) -> None:
 
 def test_a_size_that_cannot_be_recorded(session: Any) -> None:
     session.opener.error = OSError(errno.EIO, os.strerror(errno.EIO))
-    with pytest.raises(UbiError, match="new size cannot be recorded: Input/output error; check"):
+    with pytest.raises(UbiError, match="size cannot be recorded: Input/output error; check"):
         growth.prepare(session, 2 * SIZE, keep_old_data=False)
 
 

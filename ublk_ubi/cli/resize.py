@@ -27,7 +27,7 @@ EXAMPLES = """
 @click.argument("new_size", metavar="[SIZE]", required=False, type=size)
 @click.option(
     "--keep-old-data", is_flag=True,
-    help="Let the disk show what the new part of a block device holds, instead of zeroing it.",
+    help="Let the disk show what the new part of its base holds, instead of zeroing it.",
 )
 @click.option(
     "--timeout", "timeout_s", type=Seconds(0.1, 86400), default=3600.0, metavar="SECONDS",

@@ -14,7 +14,8 @@ from support.direct import DirectFile, read_direct
 DATA_OFFSET = 8 << 20
 _HEADERS_OFFSET = 14
 _SLOTS = (5 << 20, (5 << 20) + 4096)
-_SLOT = struct.Struct("<8sIIQQQIIQ32s16sQ16s")
+_SLOT = struct.Struct("<8sIIQQQIIQ32s16sQ16sI4xQ")
+_DISK_BYTES = 136                  # where in a slot
 _SLOT_MAGIC = b"UBLKUBIX"
 _FLAG_OPEN = 1
 _CASTAGNOLI = 0x82F63B78
@@ -32,6 +33,7 @@ class Extension:
     generation: int
     boot_id: bytes
     is_open: bool
+    disk_bytes: int
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,18 @@ def read_metadata(base: str) -> Metadata:
     )
 
 
+def forget_size(base: str) -> None:
+    """Make it a base of before sizes were recorded. Nobody has it."""
+    with open(base, "r+b", buffering=0) as file:
+        for offset in _SLOTS:
+            slot = bytearray(os.pread(file.fileno(), 512, offset))
+            slot[_DISK_BYTES : _DISK_BYTES + 8] = bytes(8)
+            slot[12:16] = bytes(4)
+            slot[12:16] = struct.pack("<I", _crc32c(bytes(slot)))
+            os.pwrite(file.fileno(), slot, offset)
+        os.fsync(file.fileno())
+
+
 def read_bits(base: str, stripes: int) -> set[int]:
     """The stripes, of so many, whose header bit is set on the base now."""
     with DirectFile(base, os.O_RDONLY) as file:
@@ -80,7 +94,7 @@ def bits_of(base: DirectFile, stripes: int) -> set[int]:
 def _parse_slot(data: bytes) -> Extension | None:
     (
         magic, version, crc, sequence, incompat, _compat, stripe_bytes, flags, image_bytes,
-        fingerprint, uuid, generation, boot_id,
+        fingerprint, uuid, generation, boot_id, _block_bytes, disk_bytes,
     ) = _SLOT.unpack_from(data)
     if magic != _SLOT_MAGIC or crc != _crc32c(data[:12] + bytes(4) + data[16:]):
         return None
@@ -88,7 +102,7 @@ def _parse_slot(data: bytes) -> Extension | None:
     return Extension(
         sequence=sequence, stripe_bytes=stripe_bytes, image_bytes=image_bytes,
         fingerprint=fingerprint, uuid=uuid, generation=generation, boot_id=boot_id,
-        is_open=bool(flags & _FLAG_OPEN),
+        is_open=bool(flags & _FLAG_OPEN), disk_bytes=disk_bytes,
     )
 
 
