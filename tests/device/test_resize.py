@@ -16,9 +16,10 @@ from support.background import Background
 from support.direct import block_size
 from support.guest import BLOCK, fails, flush, read, write
 from support.mapper import delayed_writes
-from support.ondisk import DATA_OFFSET, forget_size, read_metadata
+from support.ondisk import DATA_OFFSET, read_metadata
 from support.served import FLUSH, serve
 from support.shell import until
+from support.traces import seal_slot
 from support.variant import Variant
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def test_a_disk_of_before_has_its_size_recorded_by_who_goes_on_with_it(
     device = ubi.add(make_image(SIZE), base, stripe_size=STRIPE, recovery=recovery)
     assert read_metadata(base).extension.disk_bytes == SIZE
     device.kill()
-    forget_size(base)
+    seal_slot(base, disk_bytes=0)
     assert read_metadata(base).extension.disk_bytes == 0
     if recovery:
         device.recover()

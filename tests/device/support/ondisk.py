@@ -15,7 +15,6 @@ DATA_OFFSET = 8 << 20
 _HEADERS_OFFSET = 14
 _SLOTS = (5 << 20, (5 << 20) + 4096)
 _SLOT = struct.Struct("<8sIIQQQIIQ32s16sQ16sI4xQ")
-_DISK_BYTES = 136                  # where in a slot
 _SLOT_MAGIC = b"UBLKUBIX"
 _FLAG_OPEN = 1
 _CASTAGNOLI = 0x82F63B78
@@ -64,18 +63,6 @@ def read_metadata(base: str) -> Metadata:
         minor=minor, stripe_byte=stripe_byte, extension=extension, stripes=stripes,
         hydrated=hydrated,
     )
-
-
-def forget_size(base: str) -> None:
-    """Make it a base of before sizes were recorded. Nobody has it."""
-    with open(base, "r+b", buffering=0) as file:
-        for offset in _SLOTS:
-            slot = bytearray(os.pread(file.fileno(), 512, offset))
-            slot[_DISK_BYTES : _DISK_BYTES + 8] = bytes(8)
-            slot[12:16] = bytes(4)
-            slot[12:16] = struct.pack("<I", _crc32c(bytes(slot)))
-            os.pwrite(file.fileno(), slot, offset)
-        os.fsync(file.fileno())
 
 
 def read_bits(base: str, stripes: int) -> set[int]:

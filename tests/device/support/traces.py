@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LOOKED_AT = 16 << 20               # bytes from the start
 _FIELDS = (
     "magic", "version", "crc", "sequence", "incompat", "compat", "stripe_bytes", "flags",
-    "image_bytes", "fingerprint", "uuid", "generation", "boot_id",
+    "image_bytes", "fingerprint", "uuid", "generation", "boot_id", "block_bytes", "disk_bytes",
 )
 _SLOT_BYTES = 512
 
