@@ -18,8 +18,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 ARGUMENTS = ["-x", "-q", "-s", "--no-header", "-p", "no:cacheprovider",
-             # Some run at a time, and sweep old folders from under one another.
-             "-p", "no:unraisableexception",
              "-p", "no:faulthandler", "--durations=0", "--tb=line", "--assert=plain",
              "-W", "ignore::pytest.PytestAssertRewriteWarning",
              f"--rootdir={ROOT}", "-c", str(ROOT / "pyproject.toml"),
@@ -30,16 +28,18 @@ LIMIT_S = 120
 
 def judge(number: int) -> tuple[int, str]:
     """Run the test in a child: its status, negative for a signal, and its words."""
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+    # Some run at a time: in the folder of all of them they sweep old ones from under one another.
+    with (tempfile.TemporaryFile("w+", errors="replace") as output,
+          tempfile.TemporaryDirectory() as folder):
         pid = os.fork()
         if pid == 0:
-            be_judged(number, output.fileno())
+            be_judged(number, output.fileno(), os.path.join(folder, "pytest"))
         _, status = os.waitpid(pid, 0)
         output.seek(0)
         return os.waitstatus_to_exitcode(status), output.read()[-2000:]
 
 
-def be_judged(number: int, output: int) -> None:
+def be_judged(number: int, output: int, folder: str) -> None:
     """Be the child: never returns."""
     code = 99
     try:
@@ -50,7 +50,7 @@ def be_judged(number: int, output: int) -> None:
         from ublk_ubi import _ring
 
         _ring.plant(number)
-        code = int(pytest.main(ARGUMENTS))
+        code = int(pytest.main([*ARGUMENTS, f"--basetemp={folder}"]))
     except BaseException:
         traceback.print_exc()
     finally:
