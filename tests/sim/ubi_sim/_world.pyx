@@ -44,7 +44,9 @@ cdef uint32_t draw_features(World* world) noexcept nogil:
     features |= draw(world, WITH_UNSAFE, 12)
     features |= draw(world, WITH_HYDRATION, 4)
     features |= draw(world, WITH_IMAGE_LOST, 6)
-    features |= draw(world, WITH_GROWTH, 3)
+    if (world.random >> 40) % 3 == 0:
+        # Nothing is drawn for it: a seed's world is what it was before disks grew.
+        features |= WITH_GROWTH
     if features & WITH_TWO_PAGES:
         # Only few of these stripes are modelled.
         features &= ~<uint32_t>WITH_HYDRATION
