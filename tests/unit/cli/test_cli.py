@@ -726,6 +726,9 @@ def test_add_and_its_daemon_import_little(code: str, in_vain: set[str], roots: P
         [sys.executable, "-X", "importtime", "-c", code],
         capture_output=True, text=True, check=True,
     )
+    for device in runtime.all_devices():
+        assert device.pid is not None
+        os.kill(device.pid, signal.SIGKILL)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "msgspec" in imported
     assert sorted(imported & in_vain) == []
