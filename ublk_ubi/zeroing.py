@@ -33,10 +33,10 @@ def zero(fd: int, offset: int, length: int, *, is_block: bool) -> None:
 
 
 def _write_zeros(fd: int, offset: int, length: int) -> None:
-    with mmap.mmap(-1, _CHUNK) as chunk, memoryview(chunk) as zeros:  # aligned
-        while length:
-            written = os.pwrite(fd, zeros[: min(length, _CHUNK)], offset)
-            offset, length = offset + written, length - written
+    zeros = memoryview(mmap.mmap(-1, _CHUNK))  # aligned
+    while length:
+        written = os.pwrite(fd, zeros[: min(length, _CHUNK)], offset)
+        offset, length = offset + written, length - written
 
 
 def offloaded(fd: int) -> bool:

@@ -44,7 +44,7 @@ cdef packed struct Slot:
     uint8_t boot_id[16]            # of the host that opened it last
     uint32_t block_bytes           # logical block size of the disk; 0: not recorded
     uint32_t zero
-    uint64_t device_bytes          # of the disk: no more of the base was ever its; 0: not recorded
+    uint64_t device_bytes          # of the disk, which shows no more of the base; 0: not recorded
     uint8_t rest[368]
 
 cdef uint32_t crc32c(const uint8_t* data, uint32_t length) noexcept nogil

@@ -4,7 +4,7 @@
                → decide; every refusal is before the first write
     creating   zero the slots → fdatasync → zero the tail → zero 8 MiB → fdatasync → slot
                → fdatasync → page 0 → fdatasync
-    going on   (valid table) nothing is written: same generation; the size is, if it is another
+    going on   (valid table) nothing is written: same generation
     dropping   (a table that is not gone on with) slot (not open) → fdatasync → remove the table
     new        table under a temporary name → page 0 (minor 2) and slot (open, generation + 1)
                → fdatasync → rename the table

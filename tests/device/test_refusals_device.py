@@ -282,6 +282,21 @@ def base_of_another_size(scene: Scene) -> Case:
 
 
 @case
+def base_of_a_larger_disk(scene: Scene) -> Case:
+    base = scene.our_base()
+    return Case(scene.add("--size", SIZE - 4096), [base, f"--size asks for {SIZE - 4096}"], code=2,
+                unchanged=[base])
+
+
+@case
+def new_base_that_is_larger_than_asked(scene: Scene) -> Case:
+    disk = scene.stores.block("ram", 16 * MIB)
+    return Case(scene.add("--zero", "--size", SIZE, base=disk),
+                [disk, f"makes a disk of {8 * MIB}", f"--size asks for {SIZE}"], code=2,
+                unchanged=[disk])
+
+
+@case
 def base_in_no_folder(scene: Scene) -> Case:
     base = str(scene.folder / "none" / "base")
     return Case(scene.add(base=base), [base, "folder"], absent=[os.path.dirname(base)])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ublk_ubi.errors import Exit, UbiError
-from ublk_ubi.geometry import keep_blocks, keep_size
+from ublk_ubi.geometry import keep_blocks, keep_size, settle
 from ublk_ubi.options import METADATA_SIZE
 
 if TYPE_CHECKING:
@@ -114,3 +114,43 @@ def test_a_disk_may_end_inside_a_block_of_the_filesystem(tmp_path: Path, rest: b
         file.truncate(METADATA_SIZE + NEW)
         base: Any = SimpleNamespace(path=file.name, is_block=False, fd=file.fileno())
         assert keep_size(base, size, NEW, None)[0] == (size if rest else NEW)
+
+
+@pytest.mark.parametrize(("found", "recorded"), [
+    (0, OLD),                          # of before sizes were recorded
+    (OLD, OLD),
+    (OLD - 512, OLD),
+    (NEW, NEW),                        # its daemon died while the kernel was told to let it grow
+    (NEW + 512, OLD),                  # which the base has no room for
+    ((1 << 64) - 1, OLD),
+])
+def test_a_disk_that_is_taken_over_has_the_kernels_size(found: int, recorded: int) -> None:
+    session, opener = settled(found, size=OLD, recovered=True)
+    assert (session.size, session.block_size) == (OLD, 512)
+    assert session.recorded_size == opener.told == recorded
+
+
+@pytest.mark.parametrize(("found", "size", "recorded"), [
+    (0, NEW, NEW),
+    (NEW + 512, NEW, NEW + 512),       # in larger blocks its end cannot be reached, and stays its
+    (NEW, NEW, NEW),
+])
+def test_what_larger_blocks_cannot_reach_stays_recorded(
+    found: int, size: int, recorded: int,
+) -> None:
+    session, opener = settled(found, size=NEW + 512, blocks=4096)
+    assert (session.size, session.block_size, session.warnings) == (size, 4096, [])
+    assert session.recorded_size == opener.told == recorded
+
+
+def settled(found: int, *, size: int, blocks: int = 512, recovered: bool = False) -> Any:
+    """A session with room for `size` once its base has said `found`, and what it then says."""
+    opener = SimpleNamespace(recorded_device_bytes=found, block_bytes=blocks, told=0)
+    opener.set_device_bytes = lambda told: vars(opener).update(told=told)
+    base = SimpleNamespace(path="/dev/vg/base", is_block=True, fd=-1, data_size=NEW)
+    session = SimpleNamespace(
+        base=base, options=SimpleNamespace(size=None, block_size=None), block_size=blocks,
+        device=SimpleNamespace(recovered=recovered), size=size, recorded_size=0, warnings=[],
+    )
+    settle(session, opener)  # type: ignore[arg-type]
+    return session, opener
