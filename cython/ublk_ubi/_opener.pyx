@@ -25,8 +25,8 @@ from ublk_ubi._lifecycle cimport (
 )
 from ublk_ubi._memory cimport map_memory, munmap
 from ublk_ubi._ring cimport (
-    CQE_OP, FILE_COUNT, Op, Ring, cqe_index, cqe_kind, ring_action, ring_enter, ring_exit,
-    ring_init, ring_op_done,
+    CQE_OP, FILE_COUNT, Op, Ring, cqe_index, cqe_kind, ring_action, ring_drop_files,
+    ring_enter, ring_exit, ring_init, ring_op_done,
 )
 from ublk_ubi._uring cimport cqe_at, io_uring_cq_advance, io_uring_cq_ready, io_uring_cqe
 
@@ -247,6 +247,7 @@ cdef class Opener:
                             event.result = one_verdict(latch, event.result)
         finally:
             with nogil:
+                ring_drop_files(&ring)
                 ring_exit(&ring)
 
     cdef void call_host(self, object host, int call) except *:

@@ -77,6 +77,8 @@ cdef struct Ring:
 cdef int ring_init(Ring* ring, uint32_t entries, Op* ops, uint32_t op_count,
                    const int* files) noexcept nogil
 cdef void ring_exit(Ring* ring) noexcept nogil
+# All descriptors go at once, as nothing is in flight: the kernel takes a ring down some time later.
+cdef void ring_drop_files(Ring* ring) noexcept nogil
 cdef void ring_action(Ring* ring, const Action* action) noexcept nogil
 # True, and *result, when the operation has ended; False when it goes on.
 cdef bint ring_op_done(Ring* ring, uint32_t token, int32_t res, int32_t* result) noexcept nogil

@@ -20,7 +20,7 @@ from ublk_ubi._uring cimport (
     io_uring_prep_rw, io_uring_prep_write, io_uring_queue_exit, io_uring_queue_init_params,
     io_uring_register_buffers_sparse, io_uring_register_files, io_uring_register_files_update,
     io_uring_register_iowq_max_workers, io_uring_register_ring_fd, io_uring_sqe, io_uring_submit,
-    prep_discard, sq_init, sqe_set_dsync,
+    io_uring_unregister_files, prep_discard, sq_init, sqe_set_dsync,
 )
 
 cdef enum:
@@ -66,6 +66,11 @@ cdef int ring_init(Ring* ring, uint32_t entries, Op* ops, uint32_t op_count,
 
 cdef void ring_exit(Ring* ring) noexcept nogil:
     io_uring_queue_exit(&ring.uring)
+
+
+cdef void ring_drop_files(Ring* ring) noexcept nogil:
+    """Where that fails, for want of memory, they go with the ring."""
+    io_uring_unregister_files(&ring.uring)
 
 
 cdef inline uint64_t tagged(uint8_t kind, uint32_t index) noexcept nogil:

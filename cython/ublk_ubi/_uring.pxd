@@ -52,6 +52,7 @@ cdef extern from "<liburing.h>" nogil:
     int io_uring_queue_init_params(unsigned entries, io_uring* ring, io_uring_params* p) noexcept
     void io_uring_queue_exit(io_uring* ring) noexcept
     int io_uring_register_files(io_uring* ring, const int* files, unsigned count) noexcept
+    int io_uring_unregister_files(io_uring* ring) noexcept
     int io_uring_register_files_update(io_uring* ring, unsigned offset, const int* files,
                                        unsigned count) noexcept
     int io_uring_register_buffers_sparse(io_uring* ring, unsigned count) noexcept

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import threading
@@ -60,6 +61,10 @@ class Disk:
         self.opener.close(self.host)
         self.host.table.close()
 
+    def let_go(self) -> None:
+        os.close(self.fd)
+        self.fd = -1
+
     @property
     def slot(self) -> ubiformat.Slot:
         """The slot that counts."""
@@ -87,7 +92,32 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Disk]]:
     (tmp_path / "tables").mkdir()
     yield make
     for one in made:
-        os.close(one.fd)
+        if one.fd >= 0:
+            one.let_go()
+
+
+def test_a_base_is_let_go_at_once(disk: Callable[[str], Disk], tmp_path: Path) -> None:
+    """Its ring has the base, and with it the lock; the kernel takes rings down later, unasked."""
+    def is_locked() -> bool:
+        with (tmp_path / "base").open("rb") as other:
+            try:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def fail() -> None:
+        raise UbiError("no device")
+
+    for _ in range(10):
+        failing = disk("base")
+        fcntl.flock(failing.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        failing.host.meanwhile = fail
+        with pytest.raises(UbiError, match="no device"):
+            failing.open()
+        assert is_locked()
+        failing.let_go()
+        assert not is_locked()
 
 
 def test_a_copy_that_another_opener_overtakes_is_closed_again(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,7 +78,7 @@ class Disks:
             else:
                 run("mkfs.xfs", "-q", "-f", "-K", self._xfs_disk())
                 run("mount", self._xfs_disk(), point)
-            self._stack.callback(run, "umount", point)
+            self._stack.callback(unmount, point)
             self._mounts[kind] = point
             self.made.add(str(point))
         return self._mounts[kind]
@@ -219,6 +220,13 @@ def zero(device: str, size: int) -> None:
         for offset in range(0, size, MIB):
             os.pwrite(file.fileno(), bytes(min(MIB, size - offset)), offset)
         os.fsync(file.fileno())
+
+
+def unmount(point: Path) -> None:
+    """Unmount what the last test may have left busy: a killed process's rings go after it."""
+    words = ["umount", str(point)]
+    until(lambda: subprocess.run(words, check=False, capture_output=True).returncode == 0,
+          f"{point} can be unmounted")
 
 
 def attach_loop(path: Path | str, *options: object) -> str:
