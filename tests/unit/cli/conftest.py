@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -40,4 +41,5 @@ def add():
     yield make
     for device in runtime.all_devices():
         if device.alive and device.pid:
-            os.kill(device.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since that look
+                os.kill(device.pid, signal.SIGKILL)

@@ -232,8 +232,8 @@ def test_a_reader_that_leaves(roots: Path) -> None:
     for _ in range(20):
         runtime.claim().abandon()
     read, write = os.pipe()
-    process = subprocess.Popen([*REAL, "list", "--json"], stdout=write, stderr=subprocess.PIPE)
     os.close(read)
+    process = subprocess.Popen([*REAL, "list", "--json"], stdout=write, stderr=subprocess.PIPE)
     os.close(write)
     assert process.communicate()[1] == b""
     assert process.returncode == 1
@@ -557,12 +557,26 @@ def test_status_of_a_dead_one(add, roots: Path) -> None:
     assert "state.json is damaged" in found.out
 
 
+# The one that answers is given a hundred times as long, as the machine may be busy; no time at all
+# stays none.
+PATIENT = """
+from ublk_ubi import cli, status
+status_of = status.status_of
+def patient(device, timeout_s):
+    assert timeout_s <= 0.5
+    return status_of(device, 100 * timeout_s if device.name == "b" else timeout_s)
+status.status_of = patient
+cli.main()
+"""
+
+
 def test_a_mute_one_holds_nobody_up(add) -> None:
     add("mute", "a")
     add("normal", "b", "-n", "1")
     started = time.monotonic()
-    found = run("status", "-a", "--timeout", "0.5", "--json")
-    assert time.monotonic() - started < 5
+    command = [sys.executable, "-c", PATIENT]
+    found = run("status", "-a", "--timeout", "0.5", "--json", command=command)
+    assert time.monotonic() - started < 20
     assert found.code == Exit.DEGRADED
     mute, sound = json.loads(found.out)["devices"]
     assert "does not answer" in mute["degraded"]

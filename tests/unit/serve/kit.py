@@ -210,4 +210,5 @@ def end_all() -> None:
     """Kill what daemons a test has left."""
     for device in runtime.all_devices():
         if device.alive and device.pid:
-            os.kill(device.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended since that look
+                os.kill(device.pid, signal.SIGKILL)

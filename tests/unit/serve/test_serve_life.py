@@ -369,7 +369,7 @@ def test_initialized_once_the_configuration_is_there(served: Served) -> None:
     )
     (served.folder / "conf.json").write_text(json.dumps(config))
     served.begin("--json", "conf.json")
-    until(lambda: os.path.exists(served.path), "it listens")
+    until(lambda: "listening on " in served.log, "it listens")
     until(lambda: served.names() == ["aio0"], "it has begun")
     with served.client() as client:
         client.send("framework_wait_init")
