@@ -642,7 +642,8 @@ def test_a_device_that_goes_live_while_we_wait(old: Path, image: Image):
         refused(old, image, "ubi3", code=Exit.BUSY, holder=lambda _identity: next(answers))
 
 
-def test_it_is_held_too_long(old: Path, image: Image):
+def test_it_is_held_too_long(old: Path, image: Image, monkeypatch):
+    monkeypatch.setattr(fence, "_NOTICE_AFTER_S", 0.0)
     notices: list[str] = []
     with locked(old):
         started = time.monotonic()
@@ -669,33 +670,29 @@ def test_it_waits_for_the_last_reference(old: Path, image: Image):
     fcntl.flock(fd, fcntl.LOCK_EX)
     ring = os.dup(fd)
     os.close(fd)
-    released: list[float] = []
+    notices: list[str] = []
 
-    def land():
+    def land(notice: str):
+        notices.append(notice)
         os.pwrite(ring, b"landed", 0)
-        released.append(time.monotonic())
         os.close(ring)
 
-    timer = threading.Timer(0.7, land)
-    timer.start()
-    notices: list[str] = []
-    with opened(old, image, notice=notices.append) as base:
-        assert released
-        assert time.monotonic() >= released[0]
+    with opened(old, image, fence_timeout_s=60.0, notice=land) as base:
+        assert len(notices) == 1
         with open(old, "rb") as file:
             assert file.read(6) == b"landed"
         assert not is_free(old)
         assert base.size == 8 * MIB + DATA_SIZE
-    timer.join()
     assert len(notices) == 1
 
 
-def test_a_short_wait_is_not_spoken_of(old: Path, image: Image):
+def test_a_short_wait_is_not_spoken_of(old: Path, image: Image, monkeypatch):
+    monkeypatch.setattr(fence, "_NOTICE_AFTER_S", 60.0)
     fd = os.open(old, os.O_RDWR)
     fcntl.flock(fd, fcntl.LOCK_EX)
     timer = threading.Timer(0.05, os.close, [fd])
     timer.start()
-    opened(old, image, notice=pytest.fail).close()
+    opened(old, image, fence_timeout_s=60.0, notice=pytest.fail).close()
     timer.join()
 
 
@@ -719,18 +716,15 @@ def test_it_goes_away_while_we_wait(old: Path, image: Image, replaced: bool):
     fd = os.open(old, os.O_RDWR)
     fcntl.flock(fd, fcntl.LOCK_EX)
 
-    def leave():
+    def leave(_identity: object):  # who is asked for the holder when the wait begins
         old.unlink()
         if replaced:
             old.write_bytes(b"other")
         os.close(fd)
 
-    timer = threading.Timer(0.1, leave)
-    timer.start()
     fds = set(open_fds()) - {str(fd)}
     with pytest.raises(UbiError, match=r"removed or replaced .*try again") as caught:
-        opened(old, image)
-    timer.join()
+        opened(old, image, holder=leave)
     assert caught.value.code == Exit.BUSY
     assert set(open_fds()) == fds
     assert old.exists() == replaced

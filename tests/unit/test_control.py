@@ -17,11 +17,12 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from ublk_ubi import abi, control, control_agent
+from ublk_ubi import abi, agent_process, control, control_agent
 from ublk_ubi.abi import Command, DevState, Feature
 from ublk_ubi.agent_process import AgentProcess, default_command
 from ublk_ubi.control import Control, ControlError, ControlTimeout
@@ -130,7 +131,10 @@ def gone(pid):
 
 def ended(pid):
     """Whether a process has ended, collected by whoever is its parent or not yet."""
-    return gone(pid) or Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):  # the latter amid reading
+        return True
 
 
 def idle_pids(opened):
@@ -316,7 +320,8 @@ def test_an_error_of_a_command_does_not_cost_the_agent(play):
     ],
     ids=["dies in a command", "dies at once", "another version", "cannot work", "nonsense"],
 )
-def test_an_agent_that_fails_is_explained_in_one_line(body, says):
+def test_an_agent_that_fails_is_explained_in_one_line(monkeypatch, body, says):
+    monkeypatch.setattr(agent_process, "_CLOSE_WAIT_S", 20)  # for its exit status
     with Control(agent_command=fake_agent(body)) as opened:
         with pytest.raises(UbiError, match=says) as caught:
             opened.stop_dev(1)
@@ -383,14 +388,14 @@ def test_a_helper_that_is_never_ready_is_abandoned(monkeypatch):
 
 def test_a_slow_start_does_not_count_as_the_commands_time():
     body = """
-    time.sleep(0.5)
+    time.sleep(3)
     send(1, 3)
     while True:
         receive()
         send(2, 0)
     """
     with Control(agent_command=fake_agent(body)) as opened:
-        opened.stop_dev(3, timeout_s=0.3)
+        opened.stop_dev(3, timeout_s=2)
 
 
 def test_a_late_command_is_abandoned():
@@ -467,16 +472,20 @@ def test_an_agent_killed_while_idle_is_replaced(play):
     assert idle_pids(driver.control) != [pid]
 
 
-def test_threads_do_not_wait_for_one_another():
-    body = "send(1, 3)\nwhile True:\n    receive(); time.sleep(0.4); send(2, 0)"
-    with Control(agent_command=fake_agent(body)) as opened:
-        threads = [threading.Thread(target=opened.stop_dev, args=(n,)) for n in range(12)]
-        started = time.monotonic()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert time.monotonic() - started < 4, "twelve times 0.4 s, had they waited in line"
+def test_threads_do_not_wait_for_one_another(tmp_path):
+    """No command is answered before all twelve have come."""
+    body = """
+    send(1, 3)
+    while True:
+        receive()
+        open(os.path.join(sys.argv[1], str(os.getpid())), "w").close()
+        while len(os.listdir(sys.argv[1])) < 12:
+            time.sleep(0.02)
+        send(2, 0)
+    """
+    with Control(agent_command=fake_agent(body, tmp_path)) as opened:
+        with ThreadPoolExecutor(12) as pool:
+            assert list(pool.map(opened.stop_dev, range(12))) == [None] * 12
         assert len(opened._idle) <= control.MAX_IDLE_AGENTS
 
 
@@ -508,8 +517,12 @@ def test_the_caller_ends_although_the_helper_does_not(tmp_path):
     survivor = tmp_path / "survivor"
     body = f"""
     if os.fork() == 0:
-        open({str(survivor)!r}, "w").write(str(os.getpid()))
+        with open({str(survivor)!r} + ".new", "w") as file:
+            file.write(str(os.getpid()))
+        os.rename(file.name, {str(survivor)!r})
         time.sleep(30)
+    while not os.path.exists({str(survivor)!r}):
+        time.sleep(0.01)
     send(1, 3); receive(); time.sleep(30)
     """
     code = """
@@ -528,7 +541,7 @@ def test_the_caller_ends_although_the_helper_does_not(tmp_path):
     try:
         assert Path(f"/proc/{pid}").exists()
         assert (run.returncode, run.stdout, run.stderr) == (0, "timed out\n", "")
-        assert took_s < 5
+        assert took_s < 15
     finally:
         os.kill(pid, signal.SIGKILL)
 

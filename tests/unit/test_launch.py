@@ -81,17 +81,29 @@ def test_what_the_daemon_gets(daemon, tmp_path: Path) -> None:
     assert (tmp_path / "log.done").read_text() == "on stdout\n"
 
 
-def test_what_it_waits_for_is_told_when_that_takes_long(daemon, monkeypatch) -> None:
+def test_what_it_waits_for_is_told_when_that_takes_long(
+    daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(launch, "_PATIENCE_MS", 50)
-    daemon("""
+    heard = tmp_path / "heard"
+    daemon(f"""
         print("2026-01-02 03:04:05 waiting for base /b\\n\\nmore", flush=True)
-        time.sleep(0.5)
+        for _ in range(3000):
+            if os.path.exists({str(heard)!r}):
+                break
+            time.sleep(0.01)
         print("half a line", end="", flush=True)
         time.sleep(0.2)
         ready(ok=True, name="vm")
     """)
     told: list[str] = []
-    assert launch.start_daemon(OPTIONS, told.append).name == "vm"
+
+    def notice(line: str) -> None:
+        told.append(line)
+        if line == "more":
+            heard.touch()
+
+    assert launch.start_daemon(OPTIONS, notice).name == "vm"
     assert told == ["waiting for base /b", "more"]
 
 
@@ -149,7 +161,7 @@ from ublk_ubi import launch
 from ublk_ubi.errors import UbiError
 from ublk_ubi.options import DeviceOptions
 launch.daemon_command = lambda: [sys.executable, sys.argv[1]]
-launch.STOP_WAIT_S = 0.5
+launch.STOP_WAIT_S = float(sys.argv[2])
 try:
     launch.start_daemon(DeviceOptions(image="/i", base="/b"))
 except UbiError as error:
@@ -181,16 +193,18 @@ def test_interrupted_wait_for_a_daemon_that_will_not_end(daemon, tmp_path: Path)
         os.rename({str(tmp_path / "pid")!r}, {str(tmp_path / "up")!r})
         time.sleep(60)
     """)
-    process = _interrupt(tmp_path, signal.SIGINT)
+    process = _interrupt(tmp_path, signal.SIGINT, stop_wait_s=0.5)
     pid = int((tmp_path / "up").read_text())
     out = process.communicate()[0].splitlines()
     os.kill(pid, signal.SIGKILL)
     assert out[0].startswith(f"6 interrupted, but the daemon (process {pid}) has not ended 0.5 s")
 
 
-def _interrupt(tmp_path: Path, number: signal.Signals) -> subprocess.Popen[str]:
+def _interrupt(
+    tmp_path: Path, number: signal.Signals, stop_wait_s: float = 60.0,
+) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "fake.py")],
+        [sys.executable, "-c", INTERRUPTED, str(tmp_path / "fake.py"), str(stop_wait_s)],
         stdout=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
     )

@@ -329,7 +329,10 @@ def test_open(add, used) -> None:
     assert "3 more" in caught.value.message
 
 
-def test_open_for_a_moment_is_no_use(add, used, tmp_path: Path) -> None:
+def test_open_for_a_moment_is_no_use(
+    add, used, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(removal, "_OPENER_PATIENCE_S", 60.0)
     used.people = [["process 1 (blkid)"], ["process 1 (blkid)"], []]
     remove(add())
     assert gone(tmp_path)

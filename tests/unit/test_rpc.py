@@ -493,8 +493,11 @@ def test_out_of_descriptors(harness: Harness, monkeypatch: pytest.MonkeyPatch) -
         def fileno(self) -> int:
             return listening.fileno()
 
+    monkeypatch.setattr(rpc_server, "ACCEPT_PAUSE_S", 60.0)
     harness.do(lambda: setattr(harness.server, "_socket", Failing()))
     with harness.connect() as sock:
+        while not harness.reports:
+            time.sleep(0.001)
         time.sleep(0.1)
         assert len(harness.reports) == 1  # it does not spin
         harness.do(lambda: setattr(harness.server, "_socket", listening))
@@ -646,7 +649,7 @@ def test_client_survives_any_server(tmp_path: Path, says: bytes, words: str) -> 
         thread = threading.Thread(target=serve)
         thread.start()
         with pytest.raises(UbiError, match=words) as caught:
-            call(path, "echo", timeout_s=2)
+            call(path, "echo", timeout_s=20)
         assert caught.value.code == Exit.FAILED
         server.shutdown(socket.SHUT_RDWR)
         thread.join()

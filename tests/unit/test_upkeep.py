@@ -181,6 +181,7 @@ def test_it_looks_again_and_again_until_told_to_stop(
     for _ in range(3):
         assert image.looked.wait(TIMEOUT_S)
         image.looked.clear()
+    monkeypatch.setattr(upkeep, "PERIOD_S", TIMEOUT_S)  # so long it waits for the thread's end
     watching.stop()
     assert not any(thread.name == "ubi-upkeep" for thread in threading.enumerate())
     assert seen.space
