@@ -12,15 +12,14 @@
 # Leaves behind
 #   the checkout's root as the current directory, and in ROOT
 #   PYTHON          the venv's Python; .venv/bin is first in PATH, with `ublk-ubi` in it
-#   BUILDS          the process ids of what is built in the background; tools/lab waits for it by itself.
-#                   An EXIT trap ends them: set another only with `kill $BUILDS` in it.
+#   jobs            what is built in the background; tools/lab waits for it by itself. An EXIT trap ends
+#                   what still runs: set another only with `kill $(jobs -pr)` in it.
 
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 VENV=$ROOT/.venv
 PYTHON=$VENV/bin/python
-BUILDS=
 export PATH=$VENV/bin:$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 # What is needed: a program or a file, and the Debian package that has it.
@@ -93,9 +92,8 @@ install_packages() {
 in_background() {
     mkdir -p build
     "$2" tools/lab --print "$1" >"build/$1.log" 2>&1 </dev/null &
-    BUILDS+=" $!"
-    # shellcheck disable=SC2064
-    trap "kill $BUILDS 2>/dev/null || true" EXIT
+    # What still runs alone: the number of what has ended may be another's by then.
+    trap 'kill $(jobs -pr) 2>/dev/null || true' EXIT
 }
 
 start_kernel_build() {

@@ -31,7 +31,8 @@ def check(program: str, folder: Path, change: build.Change | None = None) -> tup
     """Run a program; its status, and what it printed."""
     last = folder / "last-case"
     last.touch()
-    status, output = build.run(build.build(change), program, str(last), str(folder))
+    built = build.build(change, folder / "planted") if change else build.build()
+    status, output = build.run(built, program, str(last), str(folder))
     if status and not change:
         output += f"\n\nthe case under way: {last.read_text(errors='replace')[:4000]}"
     return status, output

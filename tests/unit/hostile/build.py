@@ -41,10 +41,13 @@ class Change:
     new: str
 
 
-def build(change: Change | None = None) -> Path:
-    """Return a folder to be first on PYTHONPATH: the sources as they are, or with a planted bug."""
+def build(change: Change | None = None, folder: Path = BUILDS / "plain") -> Path:
+    """Return a folder to be first on PYTHONPATH: the sources as they are, or with a planted bug.
+
+    A planted bug is put into a folder of its user's: who comes next plants another.
+    """
     with _locked():
-        package = BUILDS / ("planted" if change else "plain") / "ublk_ubi"
+        package = folder / "ublk_ubi"
         package.mkdir(parents=True, exist_ok=True)
         for name, (sanitizers, modules) in GROUPS.items():
             for path in _made(name, sanitizers, modules):
