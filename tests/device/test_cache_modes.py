@@ -93,6 +93,9 @@ def test_a_power_loss(
     may be: so this test would notice."""
     image = make_image(SIZE)
     device = ubi.add(image, base.path, stripe_size=STRIPE, cache=cache)
+    if cache == "writeback":
+        # Else a tick that comes right before the end leaves nothing to lose.
+        base.fail(lambda request: request.is_metadata_write)
     content = bytearray(image.content)
     changed = change(device, content, seed)
     assert device.status()["io"]["flush"]["count"] == 0

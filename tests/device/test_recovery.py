@@ -287,12 +287,16 @@ def test_recovery_waits_for_a_slow_disk(
     # A tick may commit a stripe before its page can be held up: then it is the next one's.
     for stripe in range(10, 60):
         write(device, stripe * STRIPE, b"c" * BLOCK)
-        base.delay(write_ms=3000, flush_ms=0)
+        base.delay(write_ms=8000, flush_ms=0)
         flushing = Background(lambda: flush(device))
-        if not flushing.wait(0.3):
+        until(
+            lambda flushing=flushing: flushing.done or delayed_writes(base) == 1,
+            "a header page is under way",
+        )
+        if not flushing.done:
             break
         base.linear()
-    until(lambda: delayed_writes(base) == 1, "a header page is under way")
+    assert not flushing.done, "a tick was faster each time"
     writing = Background(lambda: write(device, 0, b"o" * BLOCK))
     read(device, 9 * STRIPE)
     until(lambda: delayed_writes(base) == 3, "all of the three are under way")

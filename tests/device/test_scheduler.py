@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from support.device import Device, Ubi
     from support.mapper import Mapper
 
+pytestmark = pytest.mark.usefixtures("no_watch")
+
 MIB = 1 << 20
 # Of a 66 MiB image: between two blocks of its fingerprint.
 SLOW, SLOW_LENGTH, DELAY_MS = 5 * MIB // 4, MIB // 2, 4000

@@ -24,8 +24,10 @@ SIZE = 4 * MIB
 @pytest.fixture(autouse=True)
 def watch() -> Iterator[Running]:
     """The watch of this test, which ends with it."""
+    lock = RUN_ROOT / ".watch.lock"
+    lock.unlink(missing_ok=True)                # that of the test before
     running = Running(["watch"])
-    until((RUN_ROOT / ".watch.lock").exists, "the watch")
+    until(lock.exists, "the watch")
     yield running
     running.process.send_signal(signal.SIGINT)
     assert running.outcome().stderr.endswith("interrupted\n")
@@ -68,9 +70,10 @@ def test_five_deaths_in_a_minute_are_enough(ubi: Ubi, device: Device) -> None:
         assert status.code == 3
         assert "died 5 times within 60 s" in status.stdout
         assert f"ublk-ubi recover {device.name}" in status.stdout
-        assert ubi.command("recover", device.name).code == 0
+        # Told to, it may be the watch who is first to bring it back.
+        assert ubi.command("recover", device.name).code in (0, 5)
         assert not trouble.exists()
-        device.pid = int((RUN_ROOT / device.name / "pid").read_text())
+        device.pid = until(lambda: new_daemon(device, device.pid), "a new daemon") or -1
         device.live = True
     assert ubi.command("status", device.name).code == 0
 
