@@ -311,8 +311,8 @@ def test_a_start_that_nobody_answers_ends_at_the_limit_and_keeps_nothing(lab):
     lab.control.set_params(info.id, DISK)
     started = time.monotonic()
     with pytest.raises(ControlTimeout) as caught:
-        lab.control.start_dev(info.id, os.getpid(), timeout_s=0.5)
-    assert time.monotonic() - started < 2
+        lab.control.start_dev(info.id, os.getpid(), timeout_s=2)
+    assert time.monotonic() - started < 20
     assert caught.value.code is Exit.TIMED_OUT
     lab.control.del_dev(info.id, timeout_s=5)
 
@@ -429,8 +429,8 @@ def test_a_stop_that_hangs_is_left_behind_and_ends_with_the_server(lab):
         server.says("held")
         started = time.monotonic()
         with pytest.raises(ControlTimeout) as caught:
-            lab.control.stop_dev(info.id, timeout_s=0.5)
-        assert time.monotonic() - started < 2
+            lab.control.stop_dev(info.id, timeout_s=2)
+        assert time.monotonic() - started < 20
         agent = int(caught.value.message.partition("process ")[2].partition(")")[0])
         time.sleep(0.3)
         assert os.path.exists(f"/proc/{agent}"), "it did not hang: this test shows nothing"

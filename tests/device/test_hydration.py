@@ -197,7 +197,9 @@ def test_the_rate_is_kept(
         assert there * STRIPE <= rate * (time.monotonic() - began) + rate // 8
     late = time.monotonic() - began
     assert late < 8 * 80 / 32, f"80 stripes took {late:.1f} s at 32 a second"
-    assert hydration(device)["state"] == "running"
+    state = hydration(device)["state"]
+    over = rate * (time.monotonic() - began) + rate // 8 >= SIZE
+    assert state == "running" or (state == "done" and over), state
 
 
 # -- what goes wrong ------------------------------------------------------------------------------

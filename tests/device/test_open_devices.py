@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from support.shell import until
 
 from ublk_ubi import blockdev
 from ublk_ubi.base import Base, open_base
@@ -477,10 +478,11 @@ def test_a_mounted_device(tmp_path: Path, image: Image, loop, mounted):
     make_filesystem(device)
     point = mounted(device, "-o", "ro")
     started = time.monotonic()
-    refused(device, image, f"{device} is mounted on {point}", f"`umount {point}`", code=Exit.BUSY)
+    refused(device, image, f"{device} is mounted on {point}", f"`umount {point}`", code=Exit.BUSY,
+            fence_timeout_s=30)
     # the file under the loop device as well
-    refused(path, image, f"{device} is mounted on {point}", code=Exit.BUSY)
-    assert time.monotonic() - started < 3
+    refused(path, image, f"{device} is mounted on {point}", code=Exit.BUSY, fence_timeout_s=30)
+    assert time.monotonic() - started < 15
 
 
 def test_a_file_under_a_loop_device(tmp_path: Path, image: Image, loop):
@@ -594,8 +596,8 @@ def test_the_fence_of_a_device(tmp_path: Path, image: Image, loop):
         refused(device, image, "device ubi5", code=Exit.BUSY, holder=live)
         assert asked[0].is_block
         assert asked[0].device == os.stat(device).st_rdev
-        refused(device, image, f"held by process {process.pid} (", "after 0.5 s",
-                code=Exit.TIMED_OUT, fence_timeout_s=0.5, notice=notices.append)
+        refused(device, image, f"held by process {process.pid} (", "after 3 s",
+                code=Exit.TIMED_OUT, fence_timeout_s=3, notice=notices.append)
         assert len(notices) == 1
         process.kill()
         with opened(device, image) as base:
@@ -631,14 +633,15 @@ os.pwrite(fd, page, 8192)
 def test_a_slow_disk_is_waited_for(tmp_path: Path, image: Image, loop, mapped):
     """A killed process's write is on its way: who opens the base next reads what it wrote."""
     disk = loop(file_of(tmp_path / "b", BASE_SIZE))
-    slow = mapped(f"0 {BASE_SIZE // 512} delay {disk} 0 0 {disk} 0 1500")
+    slow = mapped(f"0 {BASE_SIZE // 512} delay {disk} 0 0 {disk} 0 6000")
     script = HOLDER.replace("sys.stdin.read()", WRITE)
     notices: list[str] = []
     with child(sys.executable, "-c", script, slow, "lock") as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "held\n"
         assert writer.stdout.readline() == "writing\n"
-        time.sleep(0.2)
+        # dm-delay tells how many reads, writes and flushes it holds
+        until(lambda: run("dmsetup", "status", slow).split()[-2] == "1", "its write is on its way")
         writer.kill()
         with (
             opened(slow, image, fence_timeout_s=20, notice=notices.append),

@@ -105,6 +105,11 @@ class Mapper:
         return mapped
 
 
+def delayed_reads(disk: Mapped) -> int:
+    """Reads that dm-delay holds; its status is what it holds of reads, writes and flushes."""
+    return int(run("dmsetup", "status", disk.name).split()[-3])
+
+
 def delayed_writes(disk: Mapped) -> int:
-    """Writes that dm-delay holds; its status is what it holds of reads, writes and flushes."""
+    """Writes that it holds."""
     return int(run("dmsetup", "status", disk.name).split()[-2])

@@ -27,7 +27,7 @@ def run(*command: object, timeout_s: float = 60.0, stdin: str | None = None) -> 
     return done.stdout.strip()
 
 
-def until(condition: Callable[[], T], what: str, timeout_s: float = 10.0) -> T:
+def until(condition: Callable[[], T], what: str, timeout_s: float = 30.0) -> T:
     """Wait until a condition holds; return its (true) value."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
