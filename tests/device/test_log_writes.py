@@ -9,6 +9,7 @@ real. (A flush follows each O_DSYNC write: what FUA alone is worth is the matter
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import random
@@ -99,6 +100,8 @@ class Guest:
     def read(self, first: int, count: int) -> None:
         least = self.history.done[first : first + count]
         got = os.preadv(self.fd, [self.view[: count * SECTOR]], first * SECTOR)
+        if got == 0:
+            raise OSError(errno.ENODEV, "the disk has no size any more")
         assert got == count * SECTOR
         found = self.codec.versions(first * SECTOR, self.buffer[:got])
         most = self.history.sent[first : first + count]

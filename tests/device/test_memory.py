@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +24,9 @@ def thread_flags(pid: int) -> dict[str, int]:
     """Name and kernel flags of each thread (proc_pid_stat(5), the ninth field)."""
     found = {}
     for task in Path(f"/proc/{pid}/task").iterdir():
-        name, _, fields = (task / "stat").read_text().partition("(")[2].rpartition(")")
-        found[name] = int(fields.split()[6])
+        with contextlib.suppress(OSError):      # it may end meanwhile
+            name, _, fields = (task / "stat").read_text().partition("(")[2].rpartition(")")
+            found[name] = int(fields.split()[6])
     return found
 
 

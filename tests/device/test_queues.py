@@ -36,7 +36,7 @@ def threads(device: Device) -> dict[str, dict[str, str]]:
     """What /proc says of the daemon's threads, by their name."""
     found = {}
     for folder in Path(f"/proc/{device.pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             lines = (folder / "status").read_text().splitlines()
             fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
             found[fields["Name"]] = fields
