@@ -309,9 +309,9 @@ cdef void run_queue(QueueThread* thread) noexcept nogil:
         queue_messages(thread)
         ring_bell(base, &base.device.to_hydrator[thread.queue.index], hydrator)
         look_around(base)
-    if load_u32(&base.leave):
-        # The end of this thread takes the tags back: Linux 6.12 may forget a request for ever that
-        # comes while they are taken back from a thread that goes on, and waits for it.
+    if load_u32(&base.leave) or load_u32(&base.quit):
+        # Its tags are taken back once this thread has ended: Linux 6.12 may forget a request for
+        # ever that comes while they are taken back from a thread that goes on, and waits for it.
         thread.ring_is_left = True
     else:
         ring_exit(&base.ring)
