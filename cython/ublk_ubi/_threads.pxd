@@ -14,6 +14,8 @@ Invariants
   wait for their stripes, which would need a round of their own, it is held back: for as long as
   HOLD_ROUNDS take on the average, and MAX_HOLD_NS, at the most. A lone writer is never held back.
 - A request's buffer is the kernel's until its CQE and after its COMMIT, ours in between.
+- A queue that ends while its disk goes on leaves its ring open, for another to close once this
+  thread has ended: only then are its tags taken back.
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t

@@ -340,11 +340,13 @@ def test_a_takeover_that_is_ended_keeps_its_rings_until_its_queues_have_ended(
     """
     variant = Variant(tmp_path)
     variant.replace(
-        "session.py", "if taken_over:  # by now", "if not os.kill(os.getpid(), 15):  # by now",
+        "session.py", "if taken_over:  # by now",
+        f"if not os.kill(os.getpid(), {signal.SIGTERM.value}):  # by now",
     )
     variant.replace(
         "session.py", "            self.plane.release()\n",
-        "            os.kill(os.getpid(), 19)\n            self.plane.release()\n",
+        f"            os.kill(os.getpid(), {signal.SIGSTOP.value})\n"
+        "            self.plane.release()\n",
     )
     busy.start(seed)
     busy.go_on(50)
