@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 SECONDS = float(os.environ.get("UBLK_UBI_TSAN_SECONDS", "4"))
 RACE = "WARNING: ThreadSanitizer: data race"
-RACE_OR_BYTES = RACE + "|violation: .* what was never written there"
+# What a bug breaks first is the threads' affair: whatever a check of world's says of it is a find.
+ANY_FIND = RACE + "|violation: (?!no memory|a thread does not get on)|broken invariant: "
 UNHEARD = "violation: a receiver sleeps, has mail, and nobody rings"
 
 PLANTED = {
@@ -41,12 +42,12 @@ PLANTED = {
         "    store_u8(&hydrator.shared.state[stripe], value)\n",
         "    hydrator.shared.state[stripe] = value\n",
     )),
-    "slot-freed-early": ("world", RACE, Change(
+    "slot-freed-early": ("world", ANY_FIND, Change(
         "_mailbox.pxd",
         "    message[0] = box.slots[head & box.mask]\n    store_u32(&box.head, head + 1)\n",
         "    store_u32(&box.head, head + 1)\n    message[0] = box.slots[head & box.mask]\n",
     )),
-    "present-before-written": ("world", RACE_OR_BYTES + "|broken invariant", Change(
+    "present-before-written": ("world", ANY_FIND, Change(
         "_hydrator.pyx",
         "    if phase == FETCH_WRITE or event.result < 0:\n"
         "        end_fetch(hydrator, index, event.result, actions)\n"
@@ -59,13 +60,13 @@ PLANTED = {
         "    else:\n"
         "        set_state(hydrator, hydrator.fetches[index].stripe, PRESENT)\n",
     )),
-    "zeros-not-written": ("world", RACE_OR_BYTES, Change(
+    "zeros-not-written": ("world", ANY_FIND, Change(
         "_hydrator.pyx",
         "    else:\n        store_fetched(hydrator, index, event.zeros, actions)\n",
         "    elif event.zeros:\n        end_fetch(hydrator, index, 0, actions)\n"
         "    else:\n        store_fetched(hydrator, index, event.zeros, actions)\n",
     )),
-    "image-dropped-in-word-only": ("world", RACE_OR_BYTES, Change(
+    "image-dropped-in-word-only": ("world", ANY_FIND, Change(
         "_threads.pyx",
         "        ring_drop_image(&base.ring)\n",
         "",
