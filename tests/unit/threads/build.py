@@ -111,7 +111,7 @@ def run(path: Path, *words: str, timeout_s: float = 120.0) -> tuple[int, str]:
         ["setarch", "--addr-no-randomize", str(path), *words], env=environment,
         capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False,
     )
-    return done.returncode, done.stdout + done.stderr[-6000:]
+    return done.returncode, done.stdout + done.stderr[:20000]
 
 
 def _sources(change: Change | None) -> dict[str, str]:

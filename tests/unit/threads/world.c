@@ -335,7 +335,7 @@ int main(int argc, char **argv)
     RING_CALL(ring_enter) = fake_enter;
     RING_CALL(ring_drop_image) = fake_drop_image;
     __pyx_f_8ublk_ubi_7_format_all_zero = (void *)engine_all_zero;
-    for (; epochs < 30 || ubi_now_ns() < end; epochs++)
+    for (; epochs < 80 || ubi_now_ns() < end; epochs++)
         epoch(seed * 1000003 + epochs * 0x9e3779b97f4a7c15u + 1, epochs % 2 ? 1500 : 300);
     printf("epochs %llu, doorbells lost %u", (unsigned long long)epochs, losses);
     for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++)
