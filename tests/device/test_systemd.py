@@ -69,7 +69,8 @@ def test_a_host_that_goes_down_and_comes_back(host: Host) -> None:
     host.do("umount", mounted)
 
 
-# Reloads a unit, and stops the old daemon ($2) as it stands once the new one serves the queue.
+# Reloads a unit, and stops the old daemon ($2) as it stands once the new one serves the queue: as a
+# rule before it tells systemd of the new one.
 RELOAD = """
 import glob, os, signal, subprocess, sys
 unit, old = sys.argv[1:]
@@ -82,16 +83,25 @@ while not serves:
                 serves |= file.read() == "ubi-queue-0\\n" and path.split("/")[2] != old
         except OSError:
             pass
-os.kill(int(old), signal.SIGSTOP)
+try:
+    os.kill(int(old), signal.SIGSTOP)
+except ProcessLookupError:
+    pass
 sys.exit(reload.wait())
 """
 
 
 def test_a_unit_that_is_stopped_amid_a_reload(host: Host) -> None:
     """What systemd asks of the old daemon, as it knows no other yet, is for the new one."""
-    old = host.facts(UNIT)["MainPID"]
-    host.do(sys.executable, "-c", RELOAD, UNIT, old)
-    assert host.facts(UNIT)["MainPID"] == old
+    def is_stopped_in_time() -> bool:
+        old = host.facts(UNIT)["MainPID"]
+        host.do(sys.executable, "-c", RELOAD, UNIT, old)
+        if host.facts(UNIT)["MainPID"] == old:
+            return True
+        host.run("kill", "-CONT", old)
+        return False
+
+    until(is_stopped_in_time, "a daemon that is stopped before it has told of the next", 120)
     host.do("systemctl", "stop", UNIT)  # which has it go on, too
     facts = host.facts(UNIT)
     assert (facts["ActiveState"], facts["Result"]) == ("inactive", "success"), host.console()
