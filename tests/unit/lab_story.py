@@ -20,6 +20,7 @@ from typing import Any
 
 MIB = 1 << 20
 SIZE = 12 * MIB
+IN_USE = 5                         # exit code
 WRITTEN = 3 * MIB                  # by fio, from the start, again and again
 STATE = Path("/run/ublk-ubi/story/state.json")
 UBI = (sys.executable, "-m", "ublk_ubi")
@@ -35,6 +36,17 @@ def ubi(*words: str) -> Any:
     if done.returncode:
         sys.exit(f"{' '.join(words)}: exit {done.returncode}: {done.stderr.strip()}")
     return json.loads(done.stdout)
+
+
+def delete() -> None:
+    """Once nobody has it open: where a processor is emulated, udev looks at it for seconds."""
+    deadline = time.monotonic() + 60
+    while (done := subprocess.run([*UBI, "del", "story"], capture_output=True, text=True,
+                                  check=False)).returncode == IN_USE:  # fmt: skip
+        if time.monotonic() > deadline:
+            break
+    if done.returncode:
+        sys.exit(f"del: exit {done.returncode}: {done.stderr.strip()}")
 
 
 def read(path: str, start: int) -> bytes:
@@ -126,11 +138,11 @@ def main(folder: Path) -> None:
     saw["fio"] = fio.end()
     saw["rest is the image's"] = read(node, WRITTEN) == content[WRITTEN:]
     os.close(user)
-    ubi("del", "story")
+    delete()
     saw["left"] = sorted(path.name for path in Path("/run/ublk-ubi").glob("story*"))
     ubi("add", "--image", str(image), "--base", str(base), "--name", "story")
     saw["fio, reopened"] = fio.once("--verify_only")
-    ubi("del", "story")
+    delete()
     print(json.dumps(saw))
 
 

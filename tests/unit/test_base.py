@@ -108,6 +108,7 @@ def old(place: Path) -> Path:
     with open(path, "r+b") as file:
         for i in range(0, 8 * MIB + DATA_SIZE, MIB):
             os.pwrite(file.fileno(), random.Random(i).randbytes(4096), i)
+        os.fsync(file.fileno())  # its blocks are all it will have
     return path
 
 

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import tarfile
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -322,11 +323,12 @@ def test_one_that_is_written_as_a_base(raw: Path):
 
 
 def test_a_passing_lock_is_waited_for(raw: Path):
-    holder = subprocess.Popen(["flock", raw, "sleep", "0.4"])
-    while subprocess.run(["flock", "-n", raw, "true"], check=False).returncode == 0:
-        assert holder.poll() is None
-    open_image(str(raw)).close()
-    holder.wait()
+    with open(raw, "rb") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        release = threading.Timer(0.3, fcntl.flock, (holder, fcntl.LOCK_UN))
+        release.start()
+        open_image(str(raw)).close()
+        release.join()
 
 
 def test_a_read_error_names_the_image(raw: Path, monkeypatch):

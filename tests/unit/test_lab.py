@@ -576,7 +576,7 @@ def test_native_runs_on_this_kernel(temporary: dict[str, str]) -> None:
     )
     assert result.returncode == 9
     assert result.stdout.decode() == Path("/proc/version").read_text() + "none\n"
-    result = sh("echo $$; sleep 1234", "--native", "--timeout", "1", env=temporary)
+    result = sh("echo $$; sleep 1234", "--native", "--timeout", "3", env=temporary)
     assert result.returncode == 124
     assert not Path(f"/proc/{int(result.stdout)}").exists()
 

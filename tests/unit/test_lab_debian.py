@@ -76,7 +76,7 @@ def test_a_machine_without_systemd(tmp_path: Path) -> None:
     options = ("--disk", "64M", "--scratch", tmp_path, "--timeout", "300")
     done = lab("--debian", "newest", "--no-systemd", *options, "--", "sh", script)
     facts = dict(line.split(" ", 1) for line in done.stdout.splitlines())
-    assert facts.pop("kernel").startswith("7.")
+    assert re.match(r"\d+\.\d+", facts.pop("kernel"))
     assert facts == {
         "first": "python3", "udev": "there", "disk": str(64 << 20), "root": "writable",
         "paths": "seen", "checkout": "read-only",

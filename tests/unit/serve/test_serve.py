@@ -138,6 +138,8 @@ def test_a_bdev_that_is_waited_for(served: Served) -> None:
         client.send("bdev_get_bdevs", {"name": "nope", "timeout": 86_400_000})
     with served.client() as client:
         client.send("bdev_get_bdevs", {"name": "nope", "timeout": 86_400_000})
+        client.send("spdk_get_version")    # once it is answered, what came before has been read
+        assert "version" in client.recv()["result"]
         client.recv_after_end = served.stop()
         assert client.recv()["error"]["message"] == "serve is ending"
 
