@@ -597,7 +597,7 @@ def test_the_image_of_another_device(old: Path, image: Image):
     with open_image(str(old)):
         started = time.monotonic()
         refused(old, image, "is being read by process", "name another base", code=Exit.BUSY)
-        assert time.monotonic() - started < 4, "there is nothing to wait for"
+        assert time.monotonic() - started < 5, "there is nothing to wait for"
 
 
 def test_a_base_is_no_image(old: Path, image: Image):
@@ -628,7 +628,7 @@ def test_a_live_device_has_it(old: Path, image: Image):
         started = time.monotonic()
         refused(old, image, "device ubi7", "ublk-ubi del ubi7", code=Exit.BUSY, holder=holder,
                 notice=notices.append)
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 5
     assert asked == [(False, old.stat().st_dev, old.stat().st_ino)]
     assert notices == []
 
@@ -661,7 +661,7 @@ def test_no_waiting_at_all(old: Path, image: Image):
     with locked(old):
         started = time.monotonic()
         refused(old, image, code=Exit.TIMED_OUT, fence_timeout_s=0)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 5
     opened(old, image, fence_timeout_s=0).close()
 
 

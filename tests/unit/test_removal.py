@@ -148,7 +148,7 @@ def test_one_that_does_not_stop(add, tmp_path: Path, kind: str) -> None:
     started = time.monotonic()
     with pytest.raises(UbiError, match="--force") as caught:
         remove(device, timeout_s=0.5)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 10
     assert caught.value.code == Exit.TIMED_OUT
     assert links.resolve("vm").alive
     FakeControl.devices[0] = (12345, None)
