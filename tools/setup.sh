@@ -46,6 +46,18 @@ logged() {
     fi
 }
 
+# As `logged`, of what needs the network: a mirror may be amid a change, or out of reach for a moment.
+fetched() {
+    local log=$1 try
+    for try in 1 2; do
+        mkdir -p build
+        ! "${@:2}" >"build/$log" 2>&1 </dev/null || return 0
+        say "failed, try $try of 3: ${*:2}"
+        sleep 5
+    done
+    logged "$@"
+}
+
 # The first Python that is new enough.
 find_python() {
     local name
@@ -75,6 +87,11 @@ missing_packages() {
     fi
 }
 
+apt_install() {
+    local options=(-o DPkg::Lock::Timeout=300)
+    apt-get "${options[@]}" update && apt-get "${options[@]}" install -y --no-install-recommends "$@"
+}
+
 install_packages() {
     local packages
     packages=$(missing_packages | xargs)
@@ -84,9 +101,8 @@ install_packages() {
     fi
     say "installing $packages"
     export DEBIAN_FRONTEND=noninteractive
-    logged apt.log apt-get -o DPkg::Lock::Timeout=300 update
     # shellcheck disable=SC2086
-    logged apt.log apt-get -o DPkg::Lock::Timeout=300 install -y --no-install-recommends $packages
+    fetched apt.log apt_install $packages
 }
 
 in_background() {
@@ -137,7 +153,7 @@ make_venv() {
 	needed = settings["build-system"]["requires"] + project["dependencies"]
 	print(*needed, *project["optional-dependencies"]["dev"], sep="\n")
 	LIST
-    logged venv.log "$PYTHON" -m pip install -qq --upgrade -r build/requirements.txt
+    fetched venv.log "$PYTHON" -m pip install -qq --upgrade -r build/requirements.txt
     echo "$ROOT" >"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ublk-ubi.pth"
     printf '#!%s\nfrom ublk_ubi.cli import main\nmain()\n' "$PYTHON" >"$VENV/bin/ublk-ubi"
     chmod +x "$VENV/bin/ublk-ubi"

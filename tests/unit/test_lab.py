@@ -705,6 +705,27 @@ def test_half_a_build_is_never_used(
     (tmp_path / "go").touch()  # what SIGKILL has left of the first build ends, too
 
 
+def test_an_archive_that_answers_at_the_third_time(toy: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "go").touch()
+    stub = tmp_path / "bin/apt-get"
+    stub.rename(tmp_path / "answers")
+    stub.write_text(f"#!/bin/sh\necho >>{tmp_path}/asked\n"
+                    f'test $(wc -l <{tmp_path}/asked) -ge 3 && exec {tmp_path}/answers "$@"\n')
+    stub.chmod(0o755)
+    result = lab("--print", "kernel", env=toy)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "asked").read_text() == "\n" * 4  # the lists, and the package
+
+
+def test_an_archive_that_never_answers(toy: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bin/apt-get").write_text("#!/bin/sh\necho 'E: no route' >&2\nexit 100\n")
+    result = lab("--print", "kernel", env=toy)
+    assert (result.returncode, result.stdout) == (125, b"")
+    last = result.stderr.decode().splitlines()[-1]
+    assert "E: no route (is the archive within reach?)" in last
+    assert in_cache(toy) == ["lock"]
+
+
 def test_a_build_that_fails_says_why(toy: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "bin/dpkg-deb").write_text("#!/bin/sh\necho dpkg-deb: broken >&2\nexit 1\n")
     result = lab("--print", "kernel", env=toy)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +52,10 @@ LEFT_PACKED = (
     "*/arch/arm64/boot/*",
 )
 
+
+# A mirror may be amid a change, or answer with an error for a moment.
+TRIES = 3
+PAUSE_S = 5.0
 
 WAIT_FOR_LOCK = ("-o", "DPkg::Lock::Timeout=600")  # someone else may be installing
 
@@ -206,6 +211,17 @@ class Archive:
         lines += [f"{key.title()}: {value}" for key, value in entry.options]
         (folder / "sources/lab.sources").write_text("\n".join(lines) + "\n")
 
+    def _fetch(self, *command: str, cwd: Path | None = None) -> None:
+        """Run what needs the network, some times if need be."""
+        for _ in range(TRIES - 1):
+            try:
+                self._run(*command, cwd=cwd)
+            except LabError:
+                time.sleep(PAUSE_S)
+            else:
+                return
+        self._run(*command, cwd=cwd)
+
     def _run(self, *command: str, cwd: Path | None = None) -> str:
         settings = {
             "Dir::Etc::sourcelist": "/dev/null",
@@ -237,7 +253,7 @@ class Archive:
 
     def update(self) -> None:
         """Fetch the suite's lists."""
-        self._run("apt-get", "-o", "APT::Update::Error-Mode=any", "update")
+        self._fetch("apt-get", "-o", "APT::Update::Error-Mode=any", "update")
 
     def newest_kernel_source(self) -> tuple[str, str]:
         """Return (package, version) of the newest kernel source that the suite offers."""
@@ -259,7 +275,7 @@ class Archive:
 
     def unpack_source(self, package: str, version: str, into: Path, only: str = "*") -> Path:
         """Download the package (apt checks the signature) and unpack its tarball, or some of it."""
-        self._run("apt-get", "download", f"{package}={version}", cwd=self._folder)
+        self._fetch("apt-get", "download", f"{package}={version}", cwd=self._folder)
         deb = next(self._folder.glob(f"{package}_*.deb"))
         into.mkdir()
         command = ["bash", "-o", "pipefail", "-c", UNPACK, "unpack", str(deb), "-C", str(into)]
@@ -296,7 +312,7 @@ class Archive:
     def unpack(self, packages: Iterable[str], into: Path) -> None:
         """Download packages (apt checks the signatures) and unpack them, without their scripts."""
         for package in packages:
-            self._run("apt-get", "download", package, cwd=self._folder)
+            self._fetch("apt-get", "download", package, cwd=self._folder)
             deb = next(self._folder.glob(f"{package}_*.deb"))
             with self._log.open("ab") as log:
                 subprocess.run(["dpkg-deb", "-x", deb, into], stdout=log, stderr=log, check=True)
