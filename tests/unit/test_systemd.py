@@ -15,6 +15,7 @@ from ublk_ubi import launch, recovery, removal, runtime, systemd
 from ublk_ubi.errors import UbiError
 from ublk_ubi.options import DeviceOptions
 from ublk_ubi.status import status_of
+from ublk_ubi.systemd import is_in_charge
 from ublk_ubi.watch import Watch
 
 if TYPE_CHECKING:
@@ -113,6 +114,17 @@ def test_a_daemon_gets_a_scope_that_its_files_outlive() -> None:
 
 
 @pytest.mark.usefixtures("_runner")
+def test_tests_disks_are_no_matter_of_the_host_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:
+    monkeypatch.setattr(systemd, "BOOTED", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.delenv("UBLK_UBI_RUN")
+    assert is_in_charge()
+    monkeypatch.setenv("UBLK_UBI_RUN", str(tmp_path))
+    assert not is_in_charge()
+
+
 def test_where_it_gets_none(monkeypatch: pytest.MonkeyPatch, host: Path) -> None:
     monkeypatch.setattr(systemd, "own_unit", lambda: UNIT)
     assert systemd.scope("vm1") == []
