@@ -25,9 +25,11 @@ _SLOT_BYTES = 512
 def _state(path: str) -> tuple[object, ...]:
     with open(path, "rb") as file:
         digest = hashlib.sha256(file.read(LOOKED_AT)).hexdigest()
+        if stat.S_ISBLK(os.fstat(file.fileno()).st_mode):
+            return (digest,)
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            os.fsync(file.fileno())    # blocks that it has not got yet are no change
         found = os.fstat(file.fileno())
-    if stat.S_ISBLK(found.st_mode):
-        return (digest,)
     times = (found.st_mtime_ns, found.st_ctime_ns)
     return digest, found.st_size, found.st_blocks, found.st_mode, found.st_uid, *times
 

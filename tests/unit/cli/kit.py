@@ -7,8 +7,10 @@ import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +63,13 @@ def pid_of(name: str) -> int:
     pid = next(device.pid for device in runtime.all_devices() if device.name == name)
     assert pid
     return pid
+
+
+def kill(name: str) -> None:
+    """Kill a device's daemon; it has ended, for all to see."""
+    os.kill(pid_of(name), signal.SIGKILL)
+    while (device := runtime.find(name)) is not None and device.alive:
+        time.sleep(0.01)
 
 
 def on_terminal(command: list[str], says: str = "", **environment: str) -> tuple[str, int]:

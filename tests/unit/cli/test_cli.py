@@ -21,6 +21,7 @@ from unit.cli.kit import (
     Result,
     inline,
     is_one_line,
+    kill,
     on_terminal,
     pid_of,
     run,
@@ -443,7 +444,7 @@ def test_list(add, roots: Path) -> None:
     add("normal", "dead", "-n", "2")
     add("full", "vm3", "-n", "3")
     add("done", "vm4", "-n", "4")
-    os.kill(pid_of("dead"), signal.SIGKILL)
+    kill("dead")
     claim = runtime.claim("new")
     found = run("list")
     claim.release()
@@ -543,7 +544,7 @@ def test_status_degraded_is_3(add) -> None:
 
 def test_status_of_a_dead_one(add, roots: Path) -> None:
     add()
-    os.kill(pid_of("vm"), signal.SIGKILL)
+    kill("vm")
     found = run("status", f"{roots}/dev/ublk-ubi/vm", "--json")
     assert found.code == Exit.DEGRADED
     status = json.loads(found.out)

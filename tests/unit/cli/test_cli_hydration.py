@@ -19,6 +19,7 @@ from unit.cli.kit import (
     REAL,
     Result,
     is_one_line,
+    kill,
     on_terminal,
     pid_of,
     run,
@@ -103,7 +104,7 @@ def test_hydrate_and_wait_of_the_degraded(add, command: str) -> None:
     run("hydrate", "vm")
     found = run(command, "vm")
     assert (found.code, found.err) == (3, "ublk-ubi: device vm: its image has changed\n")
-    os.kill(pid_of("vm"), signal.SIGKILL)
+    kill("vm")
     found = run(command, "vm")
     assert found.code == Exit.DEGRADED
     assert is_one_line(found.err)
