@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from labkit.kernel import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -566,6 +567,12 @@ def test_no_lab_in_the_lab() -> None:
     result = lab("--", *LAB, "--", "true")
     assert result.returncode == 2
     assert result.stderr == b"lab: LAB=1: this is the lab already; run COMMAND itself\n"
+
+
+def test_what_is_cached_is_there_wherever_it_lies(tmp_path: Path) -> None:
+    (tmp_path / "ublk-ubi").symlink_to(cache_folder())
+    found = out(sh(f"ls {tmp_path}/ublk-ubi/", env={"XDG_CACHE_HOME": str(tmp_path)}))
+    assert any(name.startswith("kernel-") for name in found.split())
 
 
 def test_native_runs_on_this_kernel(temporary: dict[str, str]) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import USAGE, LabError
+from .kernel import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -87,7 +88,8 @@ class Plan:
 
     def again(self) -> list[str]:
         """List the paths of the host's that COMMAND needs, wherever they lie."""
-        again = [os.fspath(CHECKOUT), self.cwd, sys.prefix, sys.base_prefix, *self.show]
+        again = [os.fspath(CHECKOUT), self.cwd, sys.prefix, sys.base_prefix]
+        again += [os.fspath(cache_folder()), *self.show]  # a test's VM boots what is kept there
         if venv := os.environ.get("VIRTUAL_ENV"):
             again.append(venv)
         return again
