@@ -163,6 +163,16 @@ def test_another_kernel_is_compared_by_the_ratio_to_the_ram_disk(raw: float, fai
     assert "another kernel" in verdict(found, ADD).told
 
 
+def test_the_better_of_two_counts() -> None:
+    found = measured(ubi_zero_copy__randread_32=48400, raw__randread_32=1, ubi_add__add_1g=0.42)
+    assert gate.lost(gate.judge(found, KEPT)) == [OURS, ADD]
+    gate.take_better(found, measured(ubi_zero_copy__randread_32=48000, ubi_add__add_1g=0.41))
+    assert (found.values[OURS.name], found.values[ADD.name]) == (48400, 0.41)
+    assert gate.lost(gate.judge(found, KEPT)) == [OURS]
+    gate.take_better(found, measured(ubi_zero_copy__randread_32=48600))
+    assert gate.lost(gate.judge(found, KEPT)) == []
+
+
 def test_what_was_not_measured_fails() -> None:
     found = measured()
     found.take({"figure": OURS.name, "failed": "add: exit 1"})

@@ -87,6 +87,19 @@ def judge(measured: Measured, kept: Kept) -> list[Verdict]:
             for figure, peer in WATCHED.items()]  # fmt: skip
 
 
+def lost(verdicts: list[Verdict]) -> list[Figure]:
+    """List what was measured and has lost too much."""
+    names = {verdict.figure for verdict in verdicts if verdict.fails and verdict.ratio is not None}
+    return [figure for figure in WATCHED if figure.name in names]
+
+
+def take_better(measured: Measured, again: Measured) -> None:
+    """Take over what was better the second time: a guest's other work only makes a figure worse."""
+    for name, value in again.values.items():
+        if (ratio_of(value, measured.values[name], again.units[name]) or 0) > 1:
+            measured.values[name] = value
+
+
 def _last(kept: Kept) -> dict[str, float]:
     return list(kept.values())[-1] if kept else {}
 
