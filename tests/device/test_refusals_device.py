@@ -392,7 +392,8 @@ def base_damaged(scene: Scene) -> Case:
     base = scene.our_base()
     with open(base, "r+b") as file:
         for offset in (5 * MIB, 5 * MIB + 4096):
-            os.pwrite(file.fileno(), b"x", offset + 100)
+            (byte,) = os.pread(file.fileno(), 1, offset + 100)
+            os.pwrite(file.fileno(), bytes([byte ^ 1]), offset + 100)
     return Case(scene.add(), [base, "damaged", "inspect"], unchanged=[base])
 
 
