@@ -87,7 +87,7 @@ def test_a_machine_without_systemd(tmp_path: Path) -> None:
 
 def test_the_device_on_the_kernel_of_debian_stable() -> None:
     """Linux 6.12 has no zero copy, and recovery all the same."""
-    done = lab("--debian", "stable", "--disk", "1G", "--timeout", "400", "--", "sh", "-c", STORY)
+    done = lab("--debian", "stable", "--disk", "1G", "--timeout", "550", "--", "sh", "-c", STORY)
     print(done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
     machine_is, story = done.stdout.splitlines()
