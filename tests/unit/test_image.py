@@ -325,9 +325,11 @@ def test_one_that_is_written_as_a_base(raw: Path):
 def test_a_passing_lock_is_waited_for(raw: Path):
     with open(raw, "rb") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
+        started = time.monotonic()
         release = threading.Timer(0.3, fcntl.flock, (holder, fcntl.LOCK_UN))
         release.start()
         open_image(str(raw)).close()
+        assert time.monotonic() - started >= 0.3
         release.join()
 
 

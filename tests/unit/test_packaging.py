@@ -70,14 +70,14 @@ def installed(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler.write_text('#!/bin/bash\nexec gcc "${@/#-O2/-O0}"\n')
     compiler.chmod(0o755)
     # What it is built with is what the checkout is built with, not what has come out since.
-    constraints = venv / "constraints.txt"
-    constraints.write_text("".join(
+    versions = venv / "versions"
+    versions.write_text("".join(
         f"{found.name}=={found.version}\n" for found in importlib.metadata.distributions()
         if found.name in ("click", "msgspec", "setuptools")
     ))
     for left in (2, 1, 0):  # the index may be out of reach for a moment
         done = run(venv / "bin/pip", "install", "--quiet", ".", cwd=sdist, CC=str(compiler),
-                   PIP_CONSTRAINT=str(constraints))
+                   PIP_CONSTRAINT=str(versions))
         assert done.returncode == 0 or left, done.stdout + done.stderr
         if done.returncode == 0:
             break

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from .errors import LabError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 BACKPORTS = "trixie-backports"
 STABLE = "trixie"
@@ -100,6 +100,18 @@ def install(packages: Iterable[str], log: Path) -> None:
             )
         if result.returncode and command[1] == "install":
             raise LabError(f"apt-get could not install {names} ({last_line(log)}); install them")
+
+
+def patiently(fetch: Callable[[], object]) -> None:
+    """Do what needs the network; some times, if need be."""
+    for _ in range(TRIES - 1):
+        try:
+            fetch()
+        except LabError:
+            time.sleep(PAUSE_S)
+        else:
+            return
+    fetch()
 
 
 def last_line(log: Path) -> str:
@@ -212,15 +224,7 @@ class Archive:
         (folder / "sources/lab.sources").write_text("\n".join(lines) + "\n")
 
     def _fetch(self, *command: str, cwd: Path | None = None) -> None:
-        """Run what needs the network, some times if need be."""
-        for _ in range(TRIES - 1):
-            try:
-                self._run(*command, cwd=cwd)
-            except LabError:
-                time.sleep(PAUSE_S)
-            else:
-                return
-        self._run(*command, cwd=cwd)
+        patiently(lambda: self._run(*command, cwd=cwd))
 
     def _run(self, *command: str, cwd: Path | None = None) -> str:
         settings = {

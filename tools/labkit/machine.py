@@ -170,16 +170,12 @@ def _make_root(root: Path, log: Path) -> None:
     if dict(entry.options).get("trusted") == "yes":
         command.append("--no-check-gpg")
     command += [debian.codename(), str(root), entry.uri]
-    for left in reversed(range(debian.TRIES)):
-        try:
-            run_step("making the root filesystem", command, log, root.parent)
-        except LabError:
-            if not left:
-                raise
-            shutil.rmtree(root, ignore_errors=True)
-            time.sleep(debian.PAUSE_S)
-        else:
-            break
+
+    def bootstrap() -> None:
+        shutil.rmtree(root, ignore_errors=True)  # what a try before has left
+        run_step("making the root filesystem", command, log, root.parent)
+
+    debian.patiently(bootstrap)
     shutil.rmtree(root / "var/cache/apt", ignore_errors=True)
     shutil.rmtree(root / "var/lib/apt/lists", ignore_errors=True)
 
